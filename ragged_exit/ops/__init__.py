@@ -1,0 +1,18 @@
+"""The operations. Import an op from here; each lives in a file of its own with its checks and its registration."""
+
+from ragged_exit.ops.attention import varlen_attention
+from ragged_exit.ops.compact import compact
+from ragged_exit.ops.dispatch import resolve_impl
+from ragged_exit.ops.exit_decide import exit_decide
+from ragged_exit.ops.exit_step import ExitDecision, exit_step
+from ragged_exit.ops.layer_norm import add_layer_norm
+
+__all__ = [
+    "ExitDecision",
+    "add_layer_norm",
+    "compact",
+    "exit_decide",
+    "exit_step",
+    "resolve_impl",
+    "varlen_attention",
+]

@@ -1,0 +1,64 @@
+"""Which implementation of an op runs: an explicit choice never falls back, ``auto`` takes the best there is."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+
+
+@functools.cache
+def default_impl() -> str:
+    """``RAGGED_EXIT_IMPL``, read once, else "auto"."""
+    impl = os.environ.get("RAGGED_EXIT_IMPL", "auto")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"RAGGED_EXIT_IMPL: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    return impl
+
+
+@functools.cache
+def native_available() -> bool:
+    """True when the C++ extension is built; says once, when it is not, what runs instead."""
+    try:
+        importlib.import_module("ragged_exit._native")
+    except ImportError as error:
+        warnings.warn(
+            f"ragged_exit: the native CPU kernels are not built ({error}); running on the PyTorch reference ops",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def resolve_impl(impl: str | None, device: torch.device) -> str:
+    """ "reference", "native" or "triton" for a request and the device that the tensors live on.
+
+    Raises ValueError for an unknown name, or one that cannot run on ``device``; RuntimeError when it is not installed.
+    """
+    impl = default_impl() if impl is None else impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "auto":
+        if device.type == "cuda":
+            return "triton"
+        return "native" if device.type == "cpu" and native_available() else "reference"
+    if impl == "native":
+        if device.type != "cpu":
+            raise ValueError(f'impl: "native" runs on the CPU, and the tensors are on {device}')
+        if not native_available():
+            raise RuntimeError('impl: "native" was asked for, and the C++ extension is not built')
+    if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError('impl: "triton" on a CPU needs TRITON_INTERPRET=1 in the environment (the interpreter)')
+    return impl
+
+
+@functools.cache
+def implementation(impl: str) -> ModuleType:
+    """The module with one function per op for a resolved name."""
+    return importlib.import_module(f"ragged_exit.ops.{impl}")

@@ -1,0 +1,225 @@
+"""exit_step: an exit's logits, score, comparison, row state and compaction plan, in one fused pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ragged_exit.batch import RaggedBatch
+from ragged_exit.heads import MlpHead
+from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.dispatch import implementation, resolve_impl
+from ragged_exit.rules import ExitRule, ScoreSpec
+
+
+class ExitDecision(NamedTuple):
+    """What an exit decided. Rows in the order of the input, before compaction.
+
+    logits: f32 ``[Bcap, C]``. score: f32 ``[Bcap]``. exits: bool ``[Bcap]``. survivors: int32 ``[Bcap]``, the old row
+    numbers of those that stay, in order, then -1. cu_seqlens: int32 ``[Bcap + 1]`` and live: int32 ``[2]`` of the
+    survivors. state: the rule's row state, updated, name -> ``[Bcap]``.
+    """
+
+    logits: Tensor
+    score: Tensor
+    exits: Tensor
+    survivors: Tensor
+    cu_seqlens: Tensor
+    live: Tensor
+    state: dict[str, Tensor]
+
+
+def exit_step(
+    batch: RaggedBatch,
+    head: MlpHead,
+    rule: ExitRule,
+    final: bool = False,
+    *,
+    exit_index: int = 0,
+    impl: str | None = None,
+) -> ExitDecision:
+    """Ask one exit which rows of ``batch`` leave.
+
+    The threshold of a row is ``batch.state["threshold"]`` where present, else ``rule.threshold_at(exit_index)``. A NaN
+    score never leaves early; with ``final`` every live row leaves. ``impl``: see ``resolve_impl``.
+
+    Raises ValueError/TypeError naming the argument: no hidden states, a head of another width, dtype or device, a rule
+    that needs what the head does not offer, missing row state.
+    """
+    if batch.hidden is None:
+        raise ValueError("batch: expected hidden states [Tcap, H], got a batch before its embeddings")
+    hidden = batch.hidden
+    if head.hidden_size != hidden.shape[1]:
+        raise ValueError(f"head: expected hidden size {hidden.shape[1]}, got {head.hidden_size}")
+    if head.classifier_weight.dtype != hidden.dtype:
+        raise TypeError(f"head: expected the dtype of hidden, {hidden.dtype}, got {head.classifier_weight.dtype}")
+    if head.classifier_weight.device != hidden.device:
+        raise ValueError(f"head: expected the device of hidden, {hidden.device}, got {head.classifier_weight.device}")
+    if rule.needs and rule.needs not in head.offers:
+        raise ValueError(f"rule: {type(rule).__name__} needs a head with {rule.needs}, and this one has none")
+    check_classes(rule, head.num_labels)
+    threshold = row_threshold(batch, rule, exit_index)
+    counter, previous = rule_state(batch, rule)
+    outputs = _exit_step(
+        hidden,
+        batch.cu_seqlens,
+        batch.live,
+        head.classifier_weight,
+        head.classifier_bias,
+        head.pooler_weight,
+        head.pooler_bias,
+        head.packed_pooler,
+        head.uncertainty_weight,
+        head.uncertainty_bias,
+        head.prototype_weight,
+        head.prototype_bias,
+        head.prototypes,
+        head.pooling,
+        counter,
+        previous,
+        threshold,
+        *rule.spec,
+        final,
+        resolve_impl(impl, hidden.device),
+    )
+    return decision(outputs, counter is not None)
+
+
+@torch.library.custom_op("ragged_exit::exit_step", mutates_args=())
+def _exit_step(
+    hidden: Tensor,  # [Tcap, H]
+    cu_seqlens: Tensor,  # i32 [Bcap + 1]
+    live: Tensor,  # i32 [2]
+    classifier_weight: Tensor,  # [C, P]
+    classifier_bias: Tensor | None,  # [C]
+    pooler_weight: Tensor | None,  # [P, H]
+    pooler_bias: Tensor | None,  # [P]
+    packed_pooler: Tensor | None,
+    uncertainty_weight: Tensor | None,  # [P]
+    uncertainty_bias: Tensor | None,  # [1]
+    prototype_weight: Tensor | None,  # [D, H]
+    prototype_bias: Tensor | None,  # [D]
+    prototypes: Tensor | None,  # [C, D]
+    pooling: str,
+    counter: Tensor | None,  # i32 [Bcap]
+    previous: Tensor | None,  # f32 [Bcap]
+    threshold: Tensor,  # f32 [1] or [Bcap]
+    score: str,
+    compare: str,
+    tolerance: float,
+    temperature: float,
+    lam: float,
+    dr_order: str,
+    final: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = MlpHead(
+        classifier_weight=classifier_weight,
+        classifier_bias=classifier_bias,
+        pooler_weight=pooler_weight,
+        pooler_bias=pooler_bias,
+        uncertainty_weight=uncertainty_weight,
+        uncertainty_bias=uncertainty_bias,
+        prototype_weight=prototype_weight,
+        prototype_bias=prototype_bias,
+        prototypes=prototypes,
+        pooling=pooling,
+        packed_pooler=packed_pooler,
+    )
+    spec = ScoreSpec(score, compare, tolerance, temperature, lam, dr_order)
+    return tuple(
+        implementation(impl).exit_step(hidden, cu_seqlens, live, head, counter, previous, threshold, spec, final)
+    )
+
+
+@_exit_step.register_fake
+def _(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    live: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor | None,
+    pooler_weight: Tensor | None,
+    pooler_bias: Tensor | None,
+    packed_pooler: Tensor | None,
+    uncertainty_weight: Tensor | None,
+    uncertainty_bias: Tensor | None,
+    prototype_weight: Tensor | None,
+    prototype_bias: Tensor | None,
+    prototypes: Tensor | None,
+    pooling: str,
+    counter: Tensor | None,
+    previous: Tensor | None,
+    threshold: Tensor,
+    score: str,
+    compare: str,
+    tolerance: float,
+    temperature: float,
+    lam: float,
+    dr_order: str,
+    final: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    return fake_exit(hidden, cu_seqlens, classifier_weight.shape[0], counter is not None)
+
+
+def fake_exit(like: Tensor, cu_seqlens: Tensor, classes: int, counts: bool) -> ExitTensors:
+    """The shapes and dtypes of an exit's outputs, for tracing."""
+    rows = cu_seqlens.shape[0] - 1
+    wide = torch.promote_types(like.dtype, torch.float32)
+
+    def new(dtype: torch.dtype, *shape: int) -> Tensor:
+        return like.new_empty(shape, dtype=dtype)
+
+    return ExitTensors(
+        new(wide, rows, classes),
+        new(wide, rows),
+        new(torch.bool, rows),
+        new(torch.int32, rows),
+        new(torch.int32, rows + 1),
+        new(torch.int32, 2),
+        new(torch.int32, rows if counts else 0),
+        new(torch.float32, rows if counts else 0),
+    )
+
+
+def decision(outputs: tuple[Tensor, ...], counts: bool) -> ExitDecision:
+    """The named result of a registered exit op."""
+    *plan, counter, previous = outputs
+    return ExitDecision(*plan, state={"counter": counter, "previous": previous} if counts else {})
+
+
+def row_threshold(batch: RaggedBatch, rule: ExitRule, exit_index: int) -> Tensor:
+    """f32 ``[1]``, or ``[Bcap]`` where the batch carries thresholds of its own."""
+    threshold = batch.state.get("threshold")
+    if threshold is None:
+        return _constant(rule.threshold_at(exit_index), batch.device)
+    if threshold.shape != (batch.row_capacity,) or threshold.dtype != torch.float32:
+        raise ValueError(
+            f'batch.state["threshold"]: expected f32 [{batch.row_capacity}], '
+            f"got {threshold.dtype} {list(threshold.shape)}"
+        )
+    return threshold
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32, device=device)  # cached: no host-to-device copy per exit
+
+
+def rule_state(batch: RaggedBatch, rule: ExitRule) -> tuple[Tensor | None, Tensor | None]:
+    """The counter and previous that a patience rule keeps, (None, None) for the others."""
+    if not rule.spec.score.endswith("patience"):
+        return None, None
+    missing = {"counter", "previous"} - set(batch.state)
+    if missing:
+        raise ValueError(f"batch: {type(rule).__name__} needs row state {sorted(missing)}; see rule.initial_state")
+    return batch.state["counter"], batch.state["previous"]
+
+
+def check_classes(rule: ExitRule, num_labels: int) -> None:
+    if rule.needs == "prototypes" and num_labels < 2:
+        raise ValueError(f"rule: {type(rule).__name__} needs at least 2 classes, and the head has {num_labels}")

@@ -1,0 +1,8 @@
+"""The executable specification: every op in plain PyTorch. float64 in, float64 out, so it is also the oracle."""
+
+from ragged_exit.ops.reference.attention import varlen_attention
+from ragged_exit.ops.reference.compact import compact
+from ragged_exit.ops.reference.exit import exit_decide, exit_step
+from ragged_exit.ops.reference.layer_norm import add_layer_norm
+
+__all__ = ["add_layer_norm", "compact", "exit_decide", "exit_step", "varlen_attention"]
