@@ -1,0 +1,208 @@
+"""accelerate: a reference model in, its accelerated drop-in out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ragged_exit.backbones import backbone_weights
+from ragged_exit.encoder import PackedEncoder
+from ragged_exit.executor import ExitRecord, RaggedExecutor, Stage
+from ragged_exit.heads import MlpHead
+from ragged_exit.models.base import EarlyExitModel
+from ragged_exit.ops.dispatch import resolve_impl
+from ragged_exit.outputs import ExitOutput
+from ragged_exit.rules import ExitRule
+from ragged_exit.scheduler import token_budget_batches
+
+WINDOW_BATCHES = 8  # stream() reads this many token budgets ahead, sorts them by length and answers in order
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One sequence's answer from ``stream``. ``error`` is set, and the rest None, where the sequence was bad.
+
+    index: its place in the input. logits: f32 ``[C]``.
+    """
+
+    index: int
+    logits: Tensor | None = None
+    score: float | None = None
+    exit_layer: int | None = None
+    exit_member: int | None = None
+    executed_layers: int | None = None
+    error: str | None = None
+
+
+def accelerate(
+    model: EarlyExitModel,
+    *,
+    threshold: float | Sequence[float] | None = None,
+    patience: int | None = None,
+    tolerance: float | None = None,
+    rule: ExitRule | None = None,
+    impl: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> AcceleratedModel:
+    """The accelerated drop-in of ``model``: called the same way, same answers, the batch shrinks as rows leave.
+
+    threshold (a number, or one per exit), patience and tolerance set those fields of the model's own rule; ``rule``
+    replaces it. impl: "auto", "reference", "native" or "triton". dtype and device default to the model's. The result
+    holds a snapshot of the weights; ``refresh()`` reads them again. Nothing is patched.
+
+    Raises TypeError when ``model`` is no early-exit model; ValueError for a field that the rule does not have, or
+    thresholds of another number than exits.
+    """
+    if not isinstance(model, EarlyExitModel):
+        raise TypeError(f"model: expected an early-exit model of ragged_exit, got {type(model).__name__}")
+    changes = {
+        name: value
+        for name, value in (("threshold", threshold), ("patience", patience), ("tolerance", tolerance))
+        if value is not None
+    }
+    if rule is None:
+        rule = with_fields(model.rule, changes)
+    elif changes:
+        raise ValueError(f"rule: give either a rule or {sorted(changes)}, not both")
+    rule.check(model.num_exits)
+    device = model.device if device is None else torch.device(device)
+    dtype = model.dtype if dtype is None else dtype
+    if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")
+    return AcceleratedModel(model, rule, resolve_impl(impl, device), dtype, device)
+
+
+def with_fields(rule: ExitRule, changes: Mapping[str, Any]) -> ExitRule:
+    """``rule`` with some fields replaced. Raises ValueError for a field that it does not have."""
+    known = set(rule.to_dict())
+    for name in changes:
+        if name not in known:
+            raise ValueError(
+                f"{name}: the rule {type(rule).__name__} has no such field; it has {sorted(known - {'name'})}"
+            )
+    return replace(rule, **changes)  # type: ignore[type-var]
+
+
+class AcceleratedModel(nn.Module):
+    """What ``accelerate`` returns. It has no parameters of its own: the snapshot is not trainable."""
+
+    def __init__(
+        self, model: EarlyExitModel, rule: ExitRule, impl: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._source = (model,)  # in a tuple, so that its parameters are not ours
+        self.config = model.config
+        self.rule = rule
+        self.impl = impl
+        self.dtype = dtype
+        self.device = device
+        self.refresh()
+        self.eval()
+
+    def refresh(self) -> None:
+        """Take a new snapshot of the source model's weights."""
+        source = self._source[0]
+        own_rule = source.rule
+
+        def encoder(backbone: nn.Module) -> PackedEncoder:
+            return PackedEncoder(backbone_weights(backbone), impl=self.impl, dtype=self.dtype, device=self.device)
+
+        def snapshot(stage: Stage) -> Stage:
+            rule = self.rule if stage.rule is own_rule else stage.rule
+            return replace(stage, head=self._snapshot_head(stage.head), rule=rule)
+
+        stages = [snapshot(stage) for stage in source.stages(encoder)]
+        self.encoder = stages[0].encoder
+        self.executor = RaggedExecutor(stages, impl=self.impl)
+
+    def _snapshot_head(self, head: Any) -> Any:
+        head = head.to(self.dtype, self.device)
+        if self.impl == "native" and isinstance(head, MlpHead) and head.pooler_weight is not None:
+            from ragged_exit.ops.native import pack_linear
+
+            head = replace(head, packed_pooler=pack_linear(head.pooler_weight))
+        return head
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ExitOutput:
+        """Padded ``[B, S]`` in, any 0/1 mask; as the source model called in eval mode."""
+        record = self.executor.run(self.encoder.pack(input_ids, attention_mask, token_type_ids))
+        output = ExitOutput(**{name: value.to(input_ids.device) for name, value in record._asdict().items()})
+        if labels is not None:
+            output.loss = self._source[0].task_loss(output.logits, labels)
+        return output
+
+    def stream(
+        self, sequences: Iterable[Sequence[int] | Mapping[str, Sequence[int]]], token_budget: int = 8192
+    ) -> Iterator[RowResult]:
+        """Answer any number of sequences in order, in bounded memory.
+
+        A sequence is a list of token ids, or a mapping with ``input_ids`` and perhaps ``token_type_ids`` (lists, as a
+        tokenizer returns them). A window of a few token budgets is read ahead and sorted by length. A bad sequence
+        gives a RowResult with ``error``; the others are answered all the same.
+        """
+        window: list[_Sequence] = []
+        tokens = 0
+        for index, item in enumerate(sequences):
+            window.append(_Sequence(index, *self._read(item)))
+            tokens += len(window[-1].input_ids)
+            if tokens >= WINDOW_BATCHES * token_budget:
+                yield from self._answer(window, token_budget)
+                window, tokens = [], 0
+        if window:
+            yield from self._answer(window, token_budget)
+
+    def _read(
+        self, item: Sequence[int] | Mapping[str, Sequence[int]]
+    ) -> tuple[Sequence[int], Sequence[int] | None, str | None]:
+        """(input_ids, token_type_ids, what is wrong with them)."""
+        try:
+            ids = item["input_ids"] if isinstance(item, Mapping) else item
+            types = item.get("token_type_ids") if isinstance(item, Mapping) else None
+            self.encoder.check_sequence(ids, types)
+        except (ValueError, TypeError, KeyError) as error:
+            return (), None, f"{type(error).__name__}: {error}"
+        return ids, types, None
+
+    @torch.inference_mode()
+    def _answer(self, window: list[_Sequence], token_budget: int) -> Iterator[RowResult]:
+        results: list[RowResult] = [RowResult(row.index, error=row.error) for row in window]
+        good = [place for place, row in enumerate(window) if row.error is None]
+        for part in token_budget_batches([len(window[place].input_ids) for place in good], token_budget):
+            places = [good[number] for number in part]
+            record = self.executor.run(self._pack([window[place] for place in places]))
+            for place, result in zip(places, _rows(record), strict=True):
+                results[place] = replace(result, index=window[place].index)
+        yield from results
+
+    def _pack(self, rows: list[_Sequence]):
+        types = None
+        if any(row.token_type_ids is not None for row in rows):
+            types = [[0] * len(row.input_ids) if row.token_type_ids is None else row.token_type_ids for row in rows]
+        return self.encoder.pack_sequences([row.input_ids for row in rows], types)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    index: int
+    input_ids: Sequence[int]
+    token_type_ids: Sequence[int] | None
+    error: str | None
+
+
+def _rows(record: ExitRecord) -> Iterator[RowResult]:
+    columns = (record.score, record.exit_layer, record.exit_member, record.executed_layers)
+    lists = [column.tolist() for column in columns]
+    for logits, score, layer, member, executed in zip(record.logits.cpu().unbind(), *lists, strict=True):
+        yield RowResult(-1, logits, score, layer, member, executed)

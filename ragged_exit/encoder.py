@@ -1,0 +1,179 @@
+"""PackedEncoder: a backbone's embeddings and layers over packed tokens, from a snapshot of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
+from ragged_exit.batch import RaggedBatch, check_ids, token_bucket
+from ragged_exit.linears import PackedLinear, check_activation
+from ragged_exit.ops import add_layer_norm, varlen_attention
+
+
+class PackedEncoder:
+    """Runs single layers on a RaggedBatch; who runs which layer on which rows is the executor's business.
+
+    impl: as every op takes it. dtype: float32 or bfloat16 on a CPU, any floating dtype on a GPU.
+    """
+
+    def __init__(self, weights: BackboneWeights, *, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:
+        check_activation(weights.activation)
+
+        def own(value: Tensor) -> Tensor:
+            return value.detach().to(device=device, dtype=dtype, copy=True).contiguous()
+
+        def affine(value: Affine) -> Affine:
+            return Affine(own(value.weight), None if value.bias is None else own(value.bias))
+
+        self.impl = impl
+        self.dtype = dtype
+        self.device = device
+        self.hidden_size = weights.hidden_size
+        self.num_heads = weights.num_heads
+        self.activation = weights.activation
+        self.norm_eps = weights.norm_eps
+        self.padding_idx = weights.padding_idx
+        self.max_positions = weights.max_positions
+        self.word_embeddings = own(weights.word_embeddings)
+        self.position_embeddings = own(weights.position_embeddings)
+        self.token_type_embeddings = (
+            None if weights.token_type_embeddings is None else own(weights.token_type_embeddings)
+        )
+        self.embedding_norm = affine(weights.embedding_norm)
+        self.layers = [_PackedLayer(layer, affine) for layer in weights.layers]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> RaggedBatch:
+        """``RaggedBatch.pack`` with this backbone's positions, after checking ids against its tables.
+
+        Raises ValueError naming the argument: ids outside the vocabulary, positions or token types outside their tables.
+        """
+        check_ids("input_ids", input_ids)
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        moved = {name: None if value is None else value.to(self.device) for name, value in given.items()}
+        batch = RaggedBatch.pack(input_ids.to(self.device), **moved, padding_idx=self.padding_idx)
+        self._check(batch, "sequence length" if position_ids is None else "position_ids")
+        return batch
+
+    def pack_sequences(
+        self, sequences: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+    ) -> RaggedBatch:
+        """``RaggedBatch.from_sequences`` with this backbone's positions and checks."""
+        batch = RaggedBatch.from_sequences(sequences, token_type_ids, padding_idx=self.padding_idx, device=self.device)
+        self._check(batch, "sequence length")
+        return batch
+
+    def check_sequence(self, input_ids: Sequence[int], token_type_ids: Sequence[int] | None = None) -> None:
+        """Raise ValueError/TypeError unless this one sequence can be packed: ids, length and token types in range."""
+        if len(input_ids) == 0:
+            raise ValueError("input_ids: expected at least one token, got none")
+        if len(input_ids) > self.max_positions:
+            raise ValueError(
+                f"input_ids: expected at most {self.max_positions} tokens (the position table), got {len(input_ids)}"
+            )
+        _check_values("input_ids", min(input_ids), max(input_ids), self.word_embeddings.shape[0])
+        if token_type_ids is not None:
+            if len(token_type_ids) != len(input_ids):
+                raise ValueError(
+                    f"token_type_ids: expected {len(input_ids)} values, as input_ids, got {len(token_type_ids)}"
+                )
+            _check_values("token_type_ids", min(token_type_ids), max(token_type_ids), self._num_types)
+
+    @property
+    def _num_types(self) -> int:
+        return 0 if self.token_type_embeddings is None else self.token_type_embeddings.shape[0]
+
+    def _check(self, batch: RaggedBatch, position_name: str) -> None:
+        _check_range("input_ids", batch.input_ids, self.word_embeddings.shape[0])
+        # the table's first rows up to padding_idx belong to padding, so the message counts what a sequence may have
+        limit = self.position_embeddings.shape[0]
+        if int(batch.position_ids.max()) >= limit:  # type: ignore[union-attr]
+            raise ValueError(
+                f"{position_name}: expected at most {self.max_positions} positions (the position table), "
+                f"got {int(batch.position_ids.max()) + 1 - (limit - self.max_positions)}"  # type: ignore[union-attr]
+            )
+        _check_range("position_ids", batch.position_ids, limit)
+        if batch.token_type_ids is not None:
+            _check_range("token_type_ids", batch.token_type_ids, self._num_types)
+
+    def embed(self, batch: RaggedBatch) -> RaggedBatch:
+        """Fill ``hidden`` ``[token_bucket(T), H]`` from the packed ids."""
+        if batch.input_ids is None or batch.position_ids is None:
+            raise ValueError("batch: expected packed input_ids and position_ids, and they are gone")
+        summed = F.embedding(batch.input_ids, self.word_embeddings)  # [T, H]
+        summed += F.embedding(batch.position_ids, self.position_embeddings)
+        if self.token_type_embeddings is not None:
+            if batch.token_type_ids is None:
+                summed += self.token_type_embeddings[0]
+            else:
+                summed += F.embedding(batch.token_type_ids, self.token_type_embeddings)
+        tokens = batch.input_ids.shape[0]
+        hidden = summed.new_zeros(token_bucket(tokens), self.hidden_size)
+        hidden[:tokens] = self._norm(summed, None, self.embedding_norm)
+        return batch.with_hidden(hidden)
+
+    def layer(self, index: int, batch: RaggedBatch) -> RaggedBatch:
+        """Run layer ``index`` (0-based) on every token of the batch."""
+        layer, x = self.layers[index], batch.hidden
+        if x is None:
+            raise ValueError("batch: expected hidden states; call embed first")
+        head_size = self.hidden_size // self.num_heads
+        qkv = layer.qkv(x).view(-1, 3, self.num_heads, head_size)  # [Tcap, 3, N, D]
+        context = varlen_attention(
+            qkv[:, 0],
+            qkv[:, 1],
+            qkv[:, 2],
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            1 / math.sqrt(head_size),
+            impl=self.impl,
+        )
+        x = self._norm(*layer.attention_output.sum_with(context.view(x.shape), x), layer.attention_norm)
+        inner = layer.feed_forward_up(x, self.activation)  # [Tcap, F]
+        x = self._norm(*layer.feed_forward_down.sum_with(inner, x), layer.output_norm)
+        return replace(batch, hidden=x)
+
+    def _norm(self, x: Tensor, residual: Tensor | None, norm: Affine) -> Tensor:
+        assert norm.bias is not None
+        return add_layer_norm(x, residual, norm.weight, norm.bias, self.norm_eps, impl=self.impl)
+
+
+class _PackedLayer:
+    """The four linears and two norms of a layer."""
+
+    def __init__(self, weights: LayerWeights, affine) -> None:
+        def linear(value: Affine) -> PackedLinear:
+            moved = affine(value)
+            return PackedLinear(moved.weight, moved.bias)
+
+        self.qkv = linear(weights.qkv)
+        self.attention_output = linear(weights.attention_output)
+        self.attention_norm = affine(weights.attention_norm)
+        self.feed_forward_up = linear(weights.feed_forward_up)
+        self.feed_forward_down = linear(weights.feed_forward_down)
+        self.output_norm = affine(weights.output_norm)
+
+
+def _check_range(name: str, ids: Tensor | None, limit: int) -> None:
+    assert ids is not None
+    _check_values(name, int(ids.min()), int(ids.max()), limit)
+
+
+def _check_values(name: str, low: int, high: int, limit: int) -> None:
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: expected values in [0, {limit}), got {low} ... {high}")

@@ -1,0 +1,139 @@
+"""RaggedExecutor: run layers, ask the exit, keep the survivors, until nobody is left. Knows stages, not systems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.encoder import PackedEncoder
+from ragged_exit.heads import MlpHead, TokenHead
+from ragged_exit.ops import ExitDecision, compact, exit_decide, exit_step
+from ragged_exit.rules import ExitRule
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Run ``layers`` (perhaps none) of ``encoder`` on the live rows, then ask ``head`` and ``rule`` who leaves.
+
+    exit_index: which of the rule's thresholds. exit_layer, member: what a row that leaves here reports. executed_layers:
+    layers that such a row has run in all, restarts included. restart: begin from the token ids (a model's first stage).
+    """
+
+    encoder: PackedEncoder
+    layers: Sequence[int]
+    head: MlpHead | TokenHead
+    rule: ExitRule
+    exit_index: int
+    exit_layer: int
+    executed_layers: int
+    member: int = 1
+    restart: bool = False
+
+
+class ExitRecord(NamedTuple):
+    """What became of every row, in the caller's order.
+
+    logits: f32 ``[N, C]``; score: f32 ``[N]``, at the exit that answered; exit_layer, exit_member, executed_layers:
+    int64 ``[N]``.
+    """
+
+    logits: Tensor
+    score: Tensor
+    exit_layer: Tensor
+    exit_member: Tensor
+    executed_layers: Tensor
+
+
+class RaggedExecutor:
+    """Runs a list of stages on batches; the last stage answers for everybody who is left.
+
+    Raises ValueError for an empty list, a first stage that does not start from token ids, or a rule whose thresholds do
+    not fit ``num_exits``, the number of exits that each rule serves.
+    """
+
+    def __init__(self, stages: Sequence[Stage], *, impl: str | None = None) -> None:
+        if not stages or not stages[0].restart:
+            raise ValueError("stages: expected at least one, the first with restart=True")
+        self.stages = list(stages)
+        self.impl = impl
+        last_restart = max(number for number, stage in enumerate(stages) if stage.restart)
+        self._keeps_ids = [number < last_restart for number in range(len(stages))]
+
+    def run(self, batch: RaggedBatch) -> ExitRecord:
+        """Run ``batch`` (before its embeddings) to the end. ``sample_ids`` must be 0 ... B - 1 in some order."""
+        rows = batch.rows
+        departures: list[tuple[Stage, Tensor, ExitDecision]] = []
+        for number, stage in enumerate(self.stages):
+            if stage.restart:
+                batch = self._start(stage, batch)
+            if not self._keeps_ids[number]:
+                batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
+            for layer in stage.layers:
+                batch = stage.encoder.layer(layer, batch)
+            final = number == len(self.stages) - 1
+            batch, decision = self._ask(stage, batch, final)
+            departures.append((stage, batch.sample_ids, decision))
+            left = int(decision.live[0])
+            if left == 0:
+                break
+            batch = self._shrink(batch, decision, left)
+        record = _record(rows, departures)
+        for rule in {id(stage.rule): stage.rule for stage, _, _ in departures}.values():
+            rule.finish(torch.arange(rows, device=record.score.device), record.score, record.exit_layer)
+        return record
+
+    def _start(self, stage: Stage, batch: RaggedBatch) -> RaggedBatch:
+        state = {name: value for name, value in batch.state.items() if name != "threshold"}
+        state |= stage.rule.initial_state(batch.row_capacity, batch.device)
+        thresholds = batch.state.get("threshold") if stage is self.stages[0] else None
+        if thresholds is None:
+            thresholds = stage.rule.start(batch.sample_ids)
+        if thresholds is not None:
+            state["threshold"] = thresholds.to(device=batch.device, dtype=torch.float32)
+        return stage.encoder.embed(replace(batch, state=state))
+
+    def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
+        if isinstance(stage.head, MlpHead):
+            return batch, exit_step(batch, stage.head, stage.rule, final, exit_index=stage.exit_index, impl=self.impl)
+        batch = replace(
+            batch, state=dict(batch.state)
+        )  # the head may replace entries; the caller's dict stays as it was
+        logits, signal = stage.head(batch)
+        return batch, exit_decide(
+            batch, logits, stage.rule, final, signal=signal, exit_index=stage.exit_index, impl=self.impl
+        )
+
+    def _shrink(self, batch: RaggedBatch, decision: ExitDecision, left: int) -> RaggedBatch:
+        if left == batch.rows:  # nobody left: only the rule's state moves on
+            return replace(batch, state={**batch.state, **decision.state})
+        return compact(batch, decision, token_bucket(int(decision.live[1])), impl=self.impl)
+
+
+def _record(rows: int, departures: list[tuple[Stage, Tensor, ExitDecision]]) -> ExitRecord:
+    """Scatter what each stage decided to the rows that left there."""
+    leaving = [decision.exits.nonzero()[:, 0] for _, _, decision in departures]
+    ids = torch.cat([samples[left] for (_, samples, _), left in zip(departures, leaving, strict=True)])
+    order = torch.empty_like(ids)
+    order[ids] = torch.arange(rows, device=ids.device)
+
+    def gather(values: list[Tensor]) -> Tensor:
+        return torch.cat(values)[order]
+
+    def repeat(values: list[int]) -> Tensor:
+        counts = torch.tensor([len(left) for left in leaving])
+        return torch.repeat_interleave(torch.tensor(values), counts).to(ids.device)[order]
+
+    decided = [(decision, left) for (_, _, decision), left in zip(departures, leaving, strict=True)]
+    stages = [stage for stage, _, _ in departures]
+    return ExitRecord(
+        logits=gather([decision.logits[left] for decision, left in decided]),
+        score=gather([decision.score[left] for decision, left in decided]),
+        exit_layer=repeat([stage.exit_layer for stage in stages]),
+        exit_member=repeat([stage.member for stage in stages]),
+        executed_layers=repeat([stage.executed_layers for stage in stages]),
+    )

@@ -1,0 +1,207 @@
+"""EarlyExitModel: what all reference systems share - the padded forward, the row-wise exit, saving and loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from ragged_exit.encoder import PackedEncoder
+from ragged_exit.executor import Stage
+from ragged_exit.heads import HeadOutput
+from ragged_exit.ops.reference import exit_decide
+from ragged_exit.outputs import ExitOutput
+from ragged_exit.rules import ExitRule, rule_from_dict
+
+WEIGHTS_FILE = "model.safetensors"
+EncoderFactory = Callable[[nn.Module], PackedEncoder]
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """One exit of the padded reference: its head's output and what a row that leaves there reports."""
+
+    output: HeadOutput
+    rule: ExitRule
+    exit_index: int
+    exit_layer: int
+    executed_layers: int
+    member: int = 1
+
+
+class EarlyExitModel(nn.Module):
+    """A published system as ordinary padded PyTorch: the reference that its accelerated forward must agree with.
+
+    A system implements ``exit_points`` (all its exits on a padded batch), ``stages`` (the same for the executor),
+    ``options`` (what its constructor takes besides config and rule) and ``backbones``.
+    """
+
+    system: ClassVar[str]
+
+    def __init__(self, config: PretrainedConfig, rule: ExitRule) -> None:
+        super().__init__()
+        self.config = config
+        self.rule = rule
+
+    # what a system implements -------------------------------------------------------------------------------------
+    def exit_points(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> list[ExitPoint]:
+        """Every exit, shallow to deep, at full depth; the last one answers for whoever is left."""
+        raise NotImplementedError
+
+    def stages(self, encoder: EncoderFactory) -> list[Stage]:
+        """The executor's list; ``encoder`` turns a backbone into a PackedEncoder. Heads refer to the live weights."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """JSON-ready keyword arguments that rebuild this model, besides ``config`` and ``rule``."""
+        raise NotImplementedError
+
+    def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
+        """The joint loss of a training step: by default the sum over the exits. Recipes weigh them otherwise."""
+        return torch.stack([self.task_loss(point.output.logits, labels) for point in points]).sum()
+
+    # what they share ----------------------------------------------------------------------------------------------
+    @property
+    def num_exits(self) -> int:
+        """How many thresholds the rule takes, one an exit."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ExitOutput:
+        """Padded ``[B, S]`` in. Training mode runs every exit; eval mode answers each row at its own exit."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        points = self.exit_points(input_ids, attention_mask, token_type_ids)
+        if self.training:
+            loss = None if labels is None else self.training_loss(points, labels)
+            exit_logits = tuple(point.output.logits for point in points)
+            return ExitOutput(loss=loss, logits=exit_logits[-1], exit_logits=exit_logits)
+        output = answer(points)
+        if labels is not None:
+            output.loss = self.task_loss(output.logits, labels)
+        return output
+
+    def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, or the mean squared error for one output."""
+        if logits.shape[1] == 1:
+            return F.mse_loss(logits[:, 0].float(), labels.float())
+        return F.cross_entropy(logits.float(), labels)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` (with the ``early_exit`` section) and ``model.safetensors``."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        section = {"system": self.system, "rule": self.rule.to_dict(), **self.options()}
+        config = self.config.to_dict() | {"early_exit": section, "architectures": [type(self).__name__]}
+        (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # a shared tensor is stored once per name: safetensors refuses aliases
+        save_file({name: value.detach().clone().contiguous() for name, value in self.state_dict().items()},
+                  path / WEIGHTS_FILE, metadata={"format": "pt"})  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> EarlyExitModel:
+        """Read what ``save_pretrained`` wrote, strictly, in eval mode.
+
+        Raises ValueError when the directory holds another system, or keys are missing or unexpected (all listed).
+        """
+        path = Path(directory)
+        saved = json.loads((path / "config.json").read_text())
+        section = dict(saved.get("early_exit") or {})
+        if section.pop("system", None) != cls.system:
+            raise ValueError(f'{path}: expected a config.json with early_exit.system = "{cls.system}"')
+        model = cls(config_from_dict(saved), rule=rule_from_dict(section.pop("rule")), **section)
+        load_strictly(model, load_file(path / WEIGHTS_FILE), path)
+        return model.eval()
+
+
+def answer(points: list[ExitPoint]) -> ExitOutput:
+    """Give every row the answer of its exit: the first whose rule lets it go, else the last."""
+    rows = points[0].output.logits.shape[0]
+    device = points[0].output.logits.device
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device)  # the plan is not used: any lengths do
+    live = torch.tensor([rows, rows], dtype=torch.int32, device=device)
+    waiting = torch.ones(rows, dtype=torch.bool, device=device)
+    chosen: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    rule: ExitRule | None = None
+    for number, point in enumerate(points):
+        if point.rule is not rule:
+            rule = point.rule
+            state = rule.initial_state(rows, device)
+        decided = exit_decide(
+            point.output.logits,
+            point.output.signal,
+            cu_seqlens,
+            live,
+            state.get("counter"),
+            state.get("previous"),
+            torch.tensor([rule.threshold_at(point.exit_index)]),
+            rule.spec,
+            number == len(points) - 1,
+        )
+        state = {"counter": decided.counter, "previous": decided.previous}
+        here = waiting & decided.exits
+        waiting = waiting & ~here
+        values = {
+            "logits": decided.logits,
+            "score": decided.score.float(),
+            "exit_layer": torch.full((rows,), point.exit_layer, device=device),
+            "exit_member": torch.full((rows,), point.member, device=device),
+            "executed_layers": torch.full((rows,), point.executed_layers, device=device),
+        }
+        for name, value in values.items():
+            mask = here.view(-1, *[1] * (value.ndim - 1))
+            chosen[name] = torch.where(mask, value, chosen.get(name, torch.zeros_like(value)))
+    return ExitOutput(**chosen)
+
+
+def config_from_dict(saved: dict[str, Any]) -> PretrainedConfig:
+    """The transformers config behind a ``config.json``, without our section."""
+    values = {name: value for name, value in saved.items() if name not in ("early_exit", "architectures")}
+    kind = values.pop("model_type", None)
+    if kind is None:
+        raise ValueError("config.json: expected a model_type")
+    return AutoConfig.for_model(kind, **values)
+
+
+def new_backbone(config: PretrainedConfig) -> nn.Module:
+    """A backbone with random weights and no pooler, for weights to be loaded into."""
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=False)
+    except TypeError:  # architectures without a pooler do not take the argument
+        return AutoModel.from_config(config)
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """``load_state_dict`` that lists every missing and unexpected key and every shape that differs."""
+    own = model.state_dict()
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    shapes = [
+        f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
+        for name in sorted(set(own) & set(state))
+        if own[name].shape != state[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(f"{source}: missing keys {missing}; unexpected keys {unexpected}; other shapes {shapes}")
+    model.load_state_dict(state)

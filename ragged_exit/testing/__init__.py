@@ -1,0 +1,51 @@
+"""For whoever tests or writes a kernel: seeded random inputs, a float64 oracle, and how decisions are compared."""
+
+from ragged_exit.testing.compare import (
+    Margin,
+    MarginReport,
+    OracleDecision,
+    assert_compacted,
+    assert_error_budget,
+    assert_plan,
+    assert_same_decisions,
+    assert_same_values,
+    attention_oracle,
+    decide_oracle,
+    decision_margin,
+    quiet_threshold,
+    step_oracle,
+)
+from ragged_exit.testing.factories import (
+    qkv_views,
+    random_batch,
+    random_distances,
+    random_head,
+    random_lengths,
+    random_logits,
+    random_state,
+    seeded,
+)
+
+__all__ = [
+    "Margin",
+    "MarginReport",
+    "OracleDecision",
+    "assert_compacted",
+    "assert_error_budget",
+    "assert_plan",
+    "assert_same_decisions",
+    "assert_same_values",
+    "attention_oracle",
+    "decide_oracle",
+    "decision_margin",
+    "qkv_views",
+    "quiet_threshold",
+    "random_batch",
+    "random_distances",
+    "random_head",
+    "random_lengths",
+    "random_logits",
+    "random_state",
+    "seeded",
+    "step_oracle",
+]
