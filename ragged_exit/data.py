@@ -1,0 +1,205 @@
+"""Labelled text: what a table on disk becomes, and how its rows are split.
+
+Nothing here knows a model: texts stay strings, labels become integers (classification) or floats (regression).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+# The column of first texts, tried in this order when the caller keeps the default, and the column that is its partner.
+_PARTNER = {"text": "text2", "sentence": "sentence2", "text1": "text2", "sentence1": "sentence2"}
+_ID = "id"
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of text, or of text pairs, with or without labels.
+
+    texts: one string a row.
+    text_pairs: the second string of each row, or None for single texts.
+    labels: integers are classes, floats are regression targets, None is unlabelled.
+    ids: one string a row; what `split_by_hash` hashes and what results are reported under.
+    label_names: class names, `label_names[label]`; None where the labels came as integers or are not classes.
+
+    Raises ValueError if the lists differ in length.
+    """
+
+    texts: list[str]
+    text_pairs: list[str] | None
+    labels: list[int] | list[float] | None
+    ids: list[str]
+    label_names: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("text_pairs", "labels", "ids"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.texts):
+                raise ValueError(f"{name}: expected {len(self.texts)} values, one per text, got {len(values)}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are floats."""
+        return self.labels is not None and any(isinstance(label, float) for label in self.labels[:1])
+
+    def select(self, indices: Iterable[int]) -> TextData:
+        """The rows at `indices`, in that order; repeats are allowed. IndexError past the end."""
+        indices = list(indices)
+
+        def pick(values):
+            return None if values is None else [values[i] for i in indices]
+
+        return TextData(pick(self.texts), pick(self.text_pairs), pick(self.labels), pick(self.ids), self.label_names)
+
+
+def read_text_data(
+    path: str | Path,
+    text: str = "text",
+    text2: str | None = None,
+    label: str = "label",
+    require_labels: bool = True,
+) -> TextData:
+    """Reads a .csv, .tsv, .jsonl or .parquet file with a header (or field names) into `TextData`.
+
+    text: column of the texts. If it is the default and missing, the first of `sentence`, `text1`, `sentence1` is taken.
+    text2: column of the second texts of pairs. None: the partner of the text column (`text2`, `sentence2`), if present.
+    label: integers are kept as they are; floats are regression targets, unless every one is a whole number, then
+        they are classes too; strings and booleans become indices into their sorted distinct values (`label_names`).
+    require_labels: False lets the label column be absent (`labels=None`).
+
+    Row ids are the column `id` if there is one, else the row's position ("0", "1", …). In a .tsv quote characters are
+    ordinary text. In .csv and .tsv an empty cell is null (in a .csv `""` is the empty string), and nothing else is:
+    `NA` is a word.
+
+    Raises ValueError, naming the file, for an unknown suffix, an unreadable or empty file, a missing or repeated
+    column, a column of the wrong type, and a null cell (rows are counted from 1); FileNotFoundError without a file.
+    """
+    path = Path(path)
+    table = _read_table(path, keep_as_text=(*_PARTNER, *_PARTNER.values(), text, text2 or text, _ID))
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: the file is empty, expected at least one row")
+    names = table.column_names
+    if text == "text" and text not in names:
+        text = next((name for name in _PARTNER if name in names), text)
+    if text2 is None and (partner := _PARTNER.get(text, "text2")) in names:
+        text2 = partner
+
+    has_labels = require_labels or label in names
+    labels, label_names = _labels(path, label, _column(path, table, label)) if has_labels else (None, None)
+    ids = _column(path, table, _ID).cast(pa.string()).to_pylist() if _ID in names else map(str, range(table.num_rows))
+    return TextData(
+        texts=_strings(path, table, text),
+        text_pairs=None if text2 is None else _strings(path, table, text2),
+        labels=labels,
+        ids=list(ids),
+        label_names=label_names,
+    )
+
+
+def split_by_hash(ids: Iterable[str], fractions: Sequence[float] = (0.70, 0.15, 0.15)) -> tuple[list[int], ...]:
+    """Splits rows by a hash of their id: one list of row indices per fraction, each in increasing order.
+
+    Where a row goes depends on its id alone, not on its place, its neighbours, the platform or a seed, so a file that
+    is shuffled or grows keeps its split. Equal ids stay together. The sizes are the fractions only on average.
+
+    Raises ValueError unless the fractions are non-negative and sum to 1.
+    """
+    if not fractions or min(fractions) < 0 or not math.isclose(math.fsum(fractions), 1.0, abs_tol=1e-9):
+        raise ValueError(f"fractions: expected non-negative numbers that sum to 1, got {tuple(fractions)}")
+    bounds = list(accumulate(fractions))[:-1]  # the last part takes the rest, so rounding loses no row
+    parts: tuple[list[int], ...] = tuple([] for _ in fractions)
+    for index, row_id in enumerate(ids):
+        digest = hashlib.sha256(row_id.encode()).digest()
+        position = (int.from_bytes(digest[:8]) >> 11) / 2**53  # 53 bits: exact as a float, and always below 1
+        parts[bisect_right(bounds, position)].append(index)
+    return parts
+
+
+def _read_table(path: Path, keep_as_text: Iterable[str]) -> pa.Table:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, got {suffix or 'no suffix'!r}")
+    # One block: pyarrow guesses a column's type from the first block only, and a row must fit into one.
+    block_size = min(max(path.stat().st_size, 1), 2**31 - 1)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty, expected at least one row")
+    try:
+        if suffix == ".parquet":
+            return pa.parquet.read_table(path)
+        if suffix == ".jsonl":
+            return pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=block_size))
+        quoting = {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
+        return pa.csv.read_csv(
+            path,
+            read_options=pa.csv.ReadOptions(block_size=block_size),
+            parse_options=pa.csv.ParseOptions(**quoting),
+            convert_options=pa.csv.ConvertOptions(
+                # Texts and ids that look like numbers or dates must stay as they were written.
+                column_types=dict.fromkeys(keep_as_text, pa.string()),
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not readable as {suffix[1:]}: {error}") from error
+
+
+def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    """The column, free of nulls."""
+    count = table.column_names.count(name)
+    if count != 1:
+        problem = "missing" if count == 0 else f"there {count} times"
+        raise ValueError(f"{path}: column {name!r} is {problem}; the file has the columns {table.column_names}")
+    column = table.column(name)
+    if column.null_count:
+        row = column.is_null().index(True).as_py() + 1
+        raise ValueError(f"{path}: column {name!r} has no value in row {row} ({column.null_count} such rows in all)")
+    return column
+
+
+def _strings(path: Path, table: pa.Table, name: str) -> list[str]:
+    column = _column(path, table, name)
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise ValueError(f"{path}: column {name!r} must hold strings, got {kind}")
+    return column.to_pylist()
+
+
+def _labels(path: Path, name: str, column: pa.ChunkedArray) -> tuple[list[int] | list[float], list[str] | None]:
+    """Labels and, where the classes have names, those."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_integer(column.type):
+        return column.to_pylist(), None
+    if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+        values = [float(value) for value in column.to_pylist()]
+        row = next((i for i, value in enumerate(values, start=1) if not math.isfinite(value)), None)
+        if row is not None:
+            raise ValueError(f"{path}: column {name!r} must hold finite numbers, got {values[row - 1]} in row {row}")
+        if all(value.is_integer() for value in values):
+            return [int(value) for value in values], None
+        return values, None
+    try:
+        values = column.cast(pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: column {name!r} must hold numbers or strings, got {column.type}") from error
+    classes = sorted(set(values))
+    index = {value: i for i, value in enumerate(classes)}
+    return [index[value] for value in values], classes
