@@ -22,9 +22,14 @@ def default_impl() -> str:
     return impl
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo must not trace into the import
 def native_available() -> bool:
     """True when the C++ extension is built; says once, when it is not, what runs instead."""
+    return _native_available()
+
+
+@functools.cache
+def _native_available() -> bool:
     try:
         importlib.import_module("ragged_exit._native")
     except ImportError as error:

@@ -51,6 +51,9 @@ class Margin(NamedTuple):
     gap: float = SMALLEST_MARGIN
 
 
+SMALLEST = Margin()
+
+
 class MarginReport(NamedTuple):
     """How many rows were compared, and how many of them lay inside the margin."""
 
@@ -213,7 +216,7 @@ def _largest(error: Tensor) -> float:
 
 
 def assert_same_decisions(
-    decision: ExitDecision, oracle: OracleDecision, margin: Margin = Margin(), *, final: bool = False
+    decision: ExitDecision, oracle: OracleDecision, margin: Margin = SMALLEST, *, final: bool = False
 ) -> MarginReport:
     """Exits, NaN scores and counters equal the oracle's in every row outside the margin.
 
@@ -324,12 +327,21 @@ def attention_oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
     return torch.cat(parts)
 
 
-def quiet_threshold(scores: Tensor, share: float) -> float:
-    """A threshold in the widest gap between neighbouring ``scores`` near the quantile ``share`` (0 to 1)."""
+def quiet_threshold(scores: Tensor, share: float, margin: float = SMALLEST_MARGIN) -> float:
+    """A threshold in the widest gap between neighbouring ``scores`` near the quantile ``share`` (0 to 1).
+
+    Where no gap there is wider than two margins, it is a little above all scores.
+    """
     ordered = scores[scores.isfinite()].sort().values
-    if ordered.numel() < 2:
-        return float(ordered[0]) * 1.5 + 0.1 if ordered.numel() else 0.5
+    if ordered.numel() == 0:
+        return 0.5
+    above = float(ordered[-1]) + 2.5 * margin + 0.01
+    if ordered.numel() == 1:
+        return above
     low = int(max(0.0, share - 0.15) * (len(ordered) - 2))
     high = int(min(1.0, share + 0.15) * (len(ordered) - 2)) + 1
-    place = low + int(ordered.diff()[low:high].argmax())
+    gaps = ordered.diff()[low:high]
+    if float(gaps.max()) <= 2 * margin:
+        return above
+    place = low + int(gaps.argmax())
     return float((ordered[place] + ordered[place + 1]) / 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def varlen_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # tokens past live stay zero
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         queries, keys, values = (x[start:end].transpose(0, 1).to(wide) for x in (q, k, v))  # [N, S, D]

@@ -25,7 +25,7 @@ def exit_step(
     spec: ScoreSpec,
     final: bool,
 ) -> ExitTensors:
-    pooled_hidden = _pool(hidden, cu_seqlens, head.pooling)  # [Bcap, H]
+    pooled_hidden = pool_rows(hidden, cu_seqlens, head.pooling)  # [Bcap, H]
     pooled = pooled_hidden
     if head.pooler_weight is not None:
         pooled = torch.tanh(F.linear(pooled, head.pooler_weight, head.pooler_bias))  # [Bcap, P]
@@ -64,7 +64,8 @@ def exit_decide(
     return ExitTensors(logits, score, exits.clone(), survivors, new_cu_seqlens, new_live, counter, previous)
 
 
-def _pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+def pool_rows(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+    """[CLS] or the mean of each row's tokens: ``[Tcap, H]`` -> ``[Bcap, H]``; rows past ``live``: anything finite."""
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths = ends - starts
     if pooling == "cls":  # a dead row has no token: take any, it is masked later
@@ -125,7 +126,6 @@ def _plan(stays: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     target = torch.where(stays, place - 1, rows)  # the others all write to a slot that is cut off
     survivors.scatter_(0, target, torch.arange(rows, dtype=torch.int32, device=stays.device))
     survivors = survivors[:rows].clone()
-    survivors[place[-1] :] = -1
     lengths = cu_seqlens.diff()
     kept = torch.where(survivors >= 0, lengths[survivors.long().clamp_min(0)], 0)
     new_cu_seqlens = torch.zeros_like(cu_seqlens)

@@ -23,4 +23,4 @@ def add_layer_norm(
     else:
         centred = total - total.mean(1, keepdim=True)
         out = weight.to(wide) * centred / (total.std(1, keepdim=True) + eps) + bias.to(wide)
-    return out.to(x.dtype)
+    return out.to(x.dtype).contiguous()

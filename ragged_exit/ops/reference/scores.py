@@ -72,7 +72,7 @@ def energy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def cosine_distances(vectors: Tensor, prototypes: Tensor) -> Tensor:
-    """1 - cos of every vector ``[B, D]`` and prototype ``[C, D]`` -> ``[B, C]``, >= 0; a zero vector is at distance 1."""
+    """1 - cos of vectors ``[B, D]`` and prototypes ``[C, D]`` -> ``[B, C]``, >= 0; a zero vector is at distance 1."""
     norms = vectors.norm(dim=1)[:, None] * prototypes.norm(dim=1)
     dots = vectors @ prototypes.T
     return torch.where(norms == 0, 1.0, (1 - dots / norms).clamp_min(0))
