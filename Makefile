@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make bench` and `make test`. Both are safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: bench test lint format fuzz aot gpu clean
+
+bench: $(STAMP)  ## score the embedded default, print the table, write the picture
+	$(BIN)/ragged-exit bench --json ragged_exit_bench.json --plot ragged_exit_bench.png
+
+test: $(STAMP)  ## the tests that CI runs
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fuzz: $(STAMP)  ## the long op suite: >= 100,000 rows an implementation
+	$(BIN)/python -m pytest -s -m slow tests/fuzz
+
+aot: $(STAMP)  ## compile every Triton kernel for sm_80 and sm_90, compare registers and spills with the committed table
+	$(BIN)/python benchmarks/aot.py --check
+
+# On a CUDA machine: builds in place with what is installed there; no network, no virtual environment.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-gpu.json
+
+$(STAMP): $(SOURCES)
+	@echo "creating $(VENV) and installing ragged-exit with its pinned dependencies"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench,train,test,lint,kernels]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info ragged_exit/_native*.so
