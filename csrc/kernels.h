@@ -1,0 +1,143 @@
+// The kernels' arguments: raw pointers with their shapes and strides, checked by Python (ops/native.py) before the call.
+//
+// Every kernel exists once per instruction set (see dispatch.cpp). Strides count elements, not bytes. "T" in a comment is
+// float, or Bf16 where `bf16` is set; all arithmetic is in float.
+#pragma once
+
+#include <cstdint>
+
+namespace ragged_exit {
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+struct AttentionArgs {
+    const void *q, *k, *v;      // T [tokens, heads, dim], dim contiguous
+    void* out;                  // T [tokens, heads, dim], contiguous
+    const int32_t* cu_seqlens;  // [rows + 1]
+    int64_t rows, tokens, heads, dim;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides
+    float scale;
+    bool bf16;
+    int threads;
+};
+
+struct LayerNormArgs {
+    const void* x;         // T [tokens, width], rows `x_stride` apart
+    const void* residual;  // the same with `residual_stride`, or null
+    const void *weight, *bias;  // T [width]
+    void* out;                  // T [tokens, width], contiguous
+    int64_t tokens, width, x_stride, residual_stride;
+    float eps;
+    bool uer;  // unbiased standard deviation, eps added to it
+    bool bf16;
+    int threads;
+};
+
+enum class Score {
+    entropy_exact,
+    entropy_hf,
+    entropy_castorini,
+    entropy_categorical,
+    entropy_normalised,
+    max_prob,
+    energy,
+    uncertainty,
+    patience,
+    confident_patience,
+    distance_entropy,
+};
+
+enum class Compare { less, less_equal, greater, greater_equal };
+
+// What an exit decides with, and its outputs: shared by exit_step and exit_decide.
+struct ExitArgs {
+    const int32_t* cu_seqlens;  // [rows + 1]
+    int64_t rows, live_rows, classes;
+    Score score;
+    Compare compare;
+    float tolerance, temperature, lam;
+    bool dr_by_distance;  // else the two likeliest classes
+    bool final;
+    const int32_t* counter;   // [rows], or null where the score keeps no state
+    const float* previous;    // [rows], or null
+    const float* threshold;   // [rows] where per_row_threshold, else [1]
+    bool per_row_threshold;
+    float* logits;            // [rows, classes]
+    float* out_score;         // [rows]
+    bool* exits;              // [rows]
+    int32_t* survivors;       // [rows]
+    int32_t* new_cu_seqlens;  // [rows + 1]
+    int32_t* new_live;        // [2]
+    int32_t* new_counter;     // [rows], or null
+    float* new_previous;      // [rows], or null
+    bool bf16;
+    int threads;
+};
+
+// Weights are T; a null pointer is an absent tensor.
+struct HeadArgs {
+    const void* hidden;  // T [tokens, width], rows `hidden_stride` apart
+    int64_t hidden_stride, width;
+    bool mean;                      // pool the mean of a row's tokens, else its first token
+    const void* pooler;             // [pooled, width], or panels [ceil(pooled / 32), width, 32] where pooler_packed
+    const void* pooler_bias;        // [pooled]
+    const void* classifier;         // [classes, pooled]
+    const void* classifier_bias;    // [classes]
+    const void* uncertainty;        // [pooled]
+    const void* uncertainty_bias;   // [1]
+    const void* projection;         // [projected, width]
+    const void* projection_bias;    // [projected]
+    const void* prototypes;         // [classes, projected]
+    int64_t pooled, projected;
+    bool pooler_packed;
+};
+
+struct DecideArgs {
+    const void* logits;   // T [rows, classes], contiguous
+    const float* signal;  // [rows] uncertainty or [rows, classes] distances, or null
+};
+
+struct Kernels {
+    const char* isa;
+    void (*attention)(const AttentionArgs&);
+    void (*layer_norm)(const LayerNormArgs&);
+    void (*exit_step)(const HeadArgs&, const ExitArgs&);
+    void (*exit_decide)(const DecideArgs&, const ExitArgs&);
+    // The functions of math.inl.h over arrays of n floats, for accuracy tests.
+    void (*exp)(const float* x, float* y, int64_t n);
+    void (*exp2)(const float* x, float* y, int64_t n);
+    void (*tanh)(const float* x, float* y, int64_t n);
+};
+
+// The best set for this processor, or the one that RAGGED_EXIT_ISA names. Throws std::runtime_error for a name that is
+// unknown or that this processor cannot run.
+const Kernels& kernels();
+
+struct GatherTensor {
+    const char* source;
+    char* target;
+    int64_t item_bytes;
+};
+
+struct CompactArgs {
+    const int32_t* survivors;       // [>= live_rows]
+    const int32_t* cu_seqlens;      // of the input
+    const int32_t* new_cu_seqlens;  // of the survivors
+    int64_t live_rows, token_capacity, row_capacity;
+    int threads;
+};
+
+// Gathers the survivors' tokens and rows; what is left of each target is zeroed.
+void compact(const CompactArgs& args, const GatherTensor* tokens, int64_t token_count, const GatherTensor* rows,
+             int64_t row_count);
+
+// Fills survivors, new_cu_seqlens and new_live from exits.
+void plan_survivors(const ExitArgs& args);
+
+// A buffer of at least `floats`, 64-byte aligned, that belongs to the calling thread until its next call: kernels run
+// thousands of times on similar sizes, and fresh pages would cost more than the small ones compute.
+float* workspace(int64_t floats);
+
+}  // namespace ragged_exit

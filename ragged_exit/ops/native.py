@@ -1,0 +1,266 @@
+"""The compiled CPU kernels (csrc/): allocation and layout here, everything else in C++.
+
+Signatures and semantics are those of ``ops.reference``; float32 and bfloat16 only. A row's bits depend on that row
+alone, not on its neighbours, its place or the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
+from ragged_exit.heads import MlpHead
+from ragged_exit.ops.common import ExitTensors
+from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
+
+_PANEL = 32  # outputs in a panel of packed weights: kPanel in csrc/gemm.inl.h
+_SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
+_COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """``weight [P, H]`` in the layout of ``MlpHead.packed_pooler``: panels ``[ceil(P / 32), H, 32]``, zero past P."""
+    _check_dtype(weight)
+    padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % _PANEL))
+    return padded.view(-1, _PANEL, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def varlen_attention(
+    q: Tensor,  # [Tcap, N, D]
+    k: Tensor,  # [Tcap, N, D]
+    v: Tensor,  # [Tcap, N, D]
+    cu_seqlens: Tensor,  # [Bcap + 1]
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    is_bf16 = _check_dtype(q)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    cu_seqlens = cu_seqlens.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _native.varlen_attention(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        *q.shape,
+        q.stride()[:2],
+        k.stride()[:2],
+        v.stride()[:2],
+        scale,
+        is_bf16,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def add_layer_norm(
+    x: Tensor,  # [T, H]
+    residual: Tensor | None,  # [T, H]
+    weight: Tensor,  # [H]
+    bias: Tensor,  # [H]
+    eps: float,
+    kind: str,
+) -> Tensor:
+    is_bf16 = _check_dtype(x)
+    x, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
+    residual = x[:0] if residual is None else _rows(residual)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _native.add_layer_norm(
+        x.data_ptr(),
+        residual.data_ptr() if len(residual) else 0,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        residual.stride(0),
+        eps,
+        kind == "uer",
+        is_bf16,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def exit_step(
+    hidden: Tensor,  # [Tcap, H]
+    cu_seqlens: Tensor,  # [Bcap + 1]
+    live: Tensor,  # [2]
+    head: MlpHead,
+    counter: Tensor | None,  # [Bcap]
+    previous: Tensor | None,  # [Bcap]
+    threshold: Tensor,  # [1] or [Bcap]
+    spec: ScoreSpec,
+    final: bool,
+) -> ExitTensors:
+    is_bf16 = _check_dtype(hidden)
+    hidden = _rows(hidden)
+    packed = head.packed_pooler is not None
+    weights = [
+        None if weight is None else weight.contiguous()
+        for weight in (
+            head.packed_pooler if packed else head.pooler_weight,
+            head.pooler_bias,
+            head.classifier_weight,
+            head.classifier_bias,
+            head.uncertainty_weight,
+            head.uncertainty_bias,
+            head.prototype_weight,
+            head.prototype_bias,
+            head.prototypes,
+        )
+    ]
+    classes, pooled = head.classifier_weight.shape
+    inputs, outputs = _exit_tensors(cu_seqlens, live, counter, previous, threshold, classes)
+    _native.exit_step(
+        hidden.data_ptr(),
+        hidden.stride(0),
+        hidden.shape[1],
+        head.pooling == "mean",
+        _addresses(weights),
+        pooled,
+        0 if head.prototype_weight is None else head.prototype_weight.shape[0],
+        packed,
+        _addresses(inputs),
+        _addresses(outputs),
+        *_exit_numbers(hidden.shape[0], classes, inputs, spec, final),
+        is_bf16,
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def exit_decide(
+    logits: Tensor,  # [Bcap, C]
+    signal: Tensor | None,  # [Bcap] uncertainty, [Bcap, C] distances
+    cu_seqlens: Tensor,  # [Bcap + 1]
+    live: Tensor,  # [2]
+    counter: Tensor | None,  # [Bcap]
+    previous: Tensor | None,  # [Bcap]
+    threshold: Tensor,  # [1] or [Bcap]
+    spec: ScoreSpec,
+    final: bool,
+) -> ExitTensors:
+    is_bf16 = _check_dtype(logits)
+    logits = logits.contiguous()
+    signal = None if signal is None else signal.float().contiguous()
+    inputs, outputs = _exit_tensors(cu_seqlens, live, counter, previous, threshold, logits.shape[1])
+    _native.exit_decide(
+        logits.data_ptr(),
+        0 if signal is None else signal.data_ptr(),
+        _addresses(inputs),
+        _addresses(outputs),
+        *_exit_numbers(2**31 - 1, logits.shape[1], inputs, spec, final),
+        is_bf16,
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def compact(
+    tokens: list[Tensor],  # each [Tcap, ...]
+    rows: list[Tensor],  # each [Bcap, ...]
+    survivors: Tensor,  # [Bcap]
+    cu_seqlens: Tensor,  # [Bcap + 1] of the input
+    new_cu_seqlens: Tensor,  # [Bcap + 1]
+    live: Tensor,  # [2] of the survivors
+    token_capacity: int,
+    row_capacity: int,
+) -> list[Tensor]:
+    tokens = [value.contiguous() for value in tokens]
+    rows = [value.contiguous() for value in rows]
+    new_tokens = [torch.empty((token_capacity, *value.shape[1:]), dtype=value.dtype) for value in tokens]
+    new_rows = [torch.empty((row_capacity, *value.shape[1:]), dtype=value.dtype) for value in rows]
+    survivors, cu_seqlens = survivors.contiguous(), cu_seqlens.contiguous()
+    new_cu_seqlens, live = new_cu_seqlens.contiguous(), live.contiguous()
+    _native.compact(
+        [_gather(source, target) for source, target in zip(tokens, new_tokens, strict=True)],
+        [_gather(source, target) for source, target in zip(rows, new_rows, strict=True)],
+        survivors.data_ptr(),
+        cu_seqlens.data_ptr(),
+        new_cu_seqlens.data_ptr(),
+        live.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        min((value.shape[0] for value in tokens), default=2**31 - 1),
+        token_capacity,
+        row_capacity,
+        torch.get_num_threads(),
+    )
+    return new_tokens + new_rows
+
+
+def _check_dtype(value: Tensor) -> bool:
+    """True for bfloat16, False for float32."""
+    if value.dtype == torch.bfloat16:
+        return True
+    if value.dtype == torch.float32:
+        return False
+    raise TypeError(f"native: expected float32 or bfloat16, got {value.dtype}")
+
+
+def _rows(value: Tensor) -> Tensor:
+    """``value``, copied unless its last dimension is contiguous."""
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
+def _addresses(tensors: tuple[Tensor | None, ...] | list[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _gather(source: Tensor, target: Tensor) -> tuple[int, int, int]:
+    return source.data_ptr(), target.data_ptr(), source.element_size() * source.shape[1:].numel()
+
+
+def _exit_tensors(
+    cu_seqlens: Tensor,
+    live: Tensor,
+    counter: Tensor | None,
+    previous: Tensor | None,
+    threshold: Tensor,
+    classes: int,
+) -> tuple[tuple[Tensor | None, ...], ExitTensors]:
+    """The plan's inputs, contiguous, and its outputs, allocated."""
+    rows = cu_seqlens.shape[0] - 1
+    counted = 0 if counter is None else rows
+    inputs = (
+        cu_seqlens.contiguous(),
+        live.contiguous(),
+        None if counter is None else counter.contiguous(),
+        None if previous is None else previous.contiguous(),
+        threshold.contiguous(),
+    )
+    outputs = ExitTensors(
+        logits=torch.empty(rows, classes),
+        score=torch.empty(rows),
+        exits=torch.empty(rows, dtype=torch.bool),
+        survivors=torch.empty(rows, dtype=torch.int32),
+        cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
+        live=torch.empty(2, dtype=torch.int32),
+        counter=torch.empty(counted, dtype=torch.int32),
+        previous=torch.empty(counted),
+    )
+    return inputs, outputs
+
+
+def _exit_numbers(
+    tokens: int, classes: int, inputs: tuple[Tensor | None, ...], spec: ScoreSpec, final: bool
+) -> tuple[int | float | bool, ...]:
+    cu_seqlens, threshold = inputs[0], inputs[4]
+    rows = len(cu_seqlens) - 1
+    return (
+        rows,
+        tokens,
+        classes,
+        _SCORES[spec.score],
+        _COMPARISONS[spec.compare],
+        spec.tolerance,
+        spec.temperature,
+        spec.lam,
+        spec.dr_order == "distance",
+        final,
+        len(threshold) == rows,
+    )

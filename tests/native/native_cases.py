@@ -1,0 +1,114 @@
+"""Inputs that the native tests share, and the comparison of every op with the float64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ragged_exit import _native
+from ragged_exit.heads import MlpHead
+from ragged_exit.ops import native, reference
+from ragged_exit.rules import DistanceEntropy, Energy, Entropy, MaxProb, Patience
+
+# Units in the last place; measured over all instruction sets: 1.9, 1.6 and 1.4.
+UNITS = {"exp": 2.5, "exp2": 2.0, "tanh": 2.0}
+RANGES = {"exp": (-104.0, 89.0), "exp2": (-150.0, 128.0), "tanh": (-12.0, 12.0)}
+
+
+def evaluate(function: str, x: Tensor) -> Tensor:
+    """A function of csrc/math.inl.h on fp32 ``[n]``."""
+    y = torch.empty_like(x)
+    _native.elementwise(function, x.data_ptr(), y.data_ptr(), len(x))
+    return y
+
+
+def check_accuracy(function: str) -> None:
+    """The function against float64 over its whole range, subnormal and infinite results included."""
+    low, high = RANGES[function]
+    whole, middle, tiny = (
+        torch.linspace(low, high, 1_000_003),
+        torch.linspace(-1, 1, 200_001),
+        torch.logspace(-38, 0, 999),
+    )
+    x = torch.cat([whole, middle, tiny])
+    expected, actual = getattr(torch, function)(x.double()), evaluate(function, x)
+    finite = expected.float().isfinite()
+    unit = torch.from_numpy(np.spacing(expected[finite].float().abs().numpy())).double()
+    error = (actual[finite].double() - expected[finite]).abs() / unit
+    assert error.max() <= UNITS[function], f"{function}: {error.max():.2f} units at {x[finite][error.argmax()]}"
+    assert torch.equal(actual[~finite], expected[~finite].float())
+
+
+def plan(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """cu_seqlens and live for rows of these lengths."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return cu_seqlens, torch.tensor([len(lengths), int(cu_seqlens[-1])], dtype=torch.int32)
+
+
+def head(width: int, pooled: int, classes: int, dtype: torch.dtype, projected: int = 8) -> MlpHead:
+    """A head with everything that a rule can ask for; call ``packed`` for the native layout."""
+    generator = torch.Generator().manual_seed(width + classes)
+
+    def new(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+
+    return MlpHead(
+        classifier_weight=new(classes, pooled),
+        classifier_bias=new(classes),
+        pooler_weight=new(pooled, width),
+        pooler_bias=new(pooled),
+        uncertainty_weight=new(pooled),
+        uncertainty_bias=new(1),
+        prototype_weight=new(projected, width),
+        prototype_bias=new(projected),
+        prototypes=new(classes, projected),
+    )
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def check_all_ops(dtype: torch.dtype) -> None:
+    """Every op on small awkward shapes against the reference in float64."""
+    torch.manual_seed(0)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for lengths, heads, dim in (([1, 3, 17, 60], 3, 32), ([5, 200, 64], 2, 20), ([33], 1, 64), ([2, 70], 2, 7)):
+        cu_seqlens, live = plan(lengths)
+        qkv = torch.randn(int(live[1]) + 3, 3, heads, dim).to(dtype)
+        arguments = (cu_seqlens, max(lengths), dim**-0.5)
+        actual = native.varlen_attention(*qkv.unbind(1), *arguments)
+        close(actual, reference.varlen_attention(*qkv.double().unbind(1), *arguments), tolerance)
+    for tokens, width in ((1, 1), (5, 7), (9, 48), (3, 384), (2, 771)):
+        x, residual, weight, bias = (
+            torch.randn(*shape).to(dtype) for shape in ((tokens, width), (tokens, width), (width,), (width,))
+        )
+        for kind in ("standard", "uer"):
+            for second in (residual, None):
+                wide = [None if value is None else value.double() for value in (x, second, weight, bias)]
+                actual = native.add_layer_norm(x, second, weight, bias, 1e-5, kind)
+                close(actual, reference.add_layer_norm(*wide, 1e-5, kind), tolerance)
+    for width, pooled, classes, rows in ((32, 40, 2, 33), (50, 33, 3, 1), (19, 7, 40, 20)):
+        cu_seqlens, live = plan([1 + i % 4 for i in range(rows)])
+        hidden = torch.randn(int(live[1]), width).to(dtype)
+        threshold, head_ = torch.tensor([0.5]), head(width, pooled, classes, dtype)
+        wide_head = head_.to(torch.float64, torch.device("cpu"))
+        state = (torch.zeros(rows, dtype=torch.int32), torch.zeros(rows))
+        rules = [Entropy(0.5, dialect=dialect) for dialect in ("exact", "hf", "castorini", "categorical", "normalised")]
+        for rule in (*rules, MaxProb(0.5), Energy(0.5), DistanceEntropy(0.5), Patience(1)):
+            counted = state if isinstance(rule, Patience) else (None, None)
+            arguments = (*counted, threshold, rule.spec, False)
+            actual = native.exit_step(hidden, cu_seqlens, live, head_, *arguments)
+            expected = reference.exit_step(hidden.double(), cu_seqlens, live, wide_head, *arguments)
+            close(actual.logits, expected.logits, tolerance)
+            close(actual.score, expected.score, 10 * tolerance)
+            kept = actual.survivors[: actual.live[0]].long()
+            assert kept.tolist() == (~actual.exits).nonzero()[:, 0].tolist()
+            (moved,) = native.compact(
+                [hidden], [], actual.survivors, cu_seqlens, actual.cu_seqlens, actual.live, len(hidden), rows
+            )
+            (wanted,) = reference.compact(
+                [hidden], [], actual.survivors, cu_seqlens, actual.cu_seqlens, actual.live, len(hidden), rows
+            )
+            assert torch.equal(moved, wanted)
