@@ -1,0 +1,64 @@
+"""One comparison from end to end: reference, contenders, timing, derived figures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.contenders import contenders
+from ragged_exit.bench.measure import measure, references
+from ragged_exit.bench.report import Report, workload_facts
+from ragged_exit.bench.roofline import linear_seconds
+from ragged_exit.bench.workload import Workload
+from ragged_exit.calibration.threshold import Point
+from ragged_exit.models.deebert import DeeBert
+from ragged_exit.rules import ExitRule
+
+
+def compare(
+    title: str,
+    model: DeeBert,
+    rule: ExitRule,
+    check_on: Workload,
+    draw: Callable[[int], Workload],
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    repeats: int,
+    say: Callable[[str], None],
+    curve: Sequence[Point] = (),
+    chosen: Point | None = None,
+) -> Report:
+    """Check every contender's answers on ``check_on``, then time them on ``draw(0)``, ``draw(1)``, ...
+
+    model is the fp32 reference; contenders compute in ``dtype``. ``draw`` gives equally many rows each time.
+    """
+    say("the reference model, row by row")
+    expected = references(model, rule, check_on)
+    contestant = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    measured = measure(
+        contenders(contestant, accelerate(model, rule=rule, dtype=dtype), batch_size=batch_size),
+        check_on,
+        expected,
+        draw,
+        repeats=repeats,
+        dtype=dtype,
+        on_step=say,
+    )
+    exit_layer = expected.exits.exit_layer
+    timed = len(draw(0))
+    facts = workload_facts(check_on, exit_layer, exit_layer, model.config, model.config.num_hidden_layers)
+    linears = linear_seconds(model.config, check_on.lengths, exit_layer, dtype)
+    return Report(
+        title=f"{title}, {str(dtype).removeprefix('torch.')}",
+        measured=measured,
+        workload=facts | {"sequences": timed, "threshold": rule.to_dict()["threshold"]},
+        linear_seconds=linears * timed / len(check_on),
+        exit_layer=exit_layer,
+        num_layers=model.config.num_hidden_layers,
+        curve=curve,
+        chosen=chosen,
+    )

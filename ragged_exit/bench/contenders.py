@@ -1,0 +1,215 @@
+"""The contenders of the benchmark: each answers a workload in its own way and says which reference it must match."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from ragged_exit.accelerate import AcceleratedModel
+from ragged_exit.batch import RaggedBatch
+from ragged_exit.bench.workload import Workload
+from ragged_exit.executor import RaggedExecutor, Stage
+from ragged_exit.linears import PackedLinear
+from ragged_exit.models.deebert import DeeBert
+from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.reference.exit import exit_decide
+from ragged_exit.rules import ExitRule
+from ragged_exit.scheduler import token_budget_batches
+
+ROW_BATCHES = (32, 64, 128)
+TOKEN_BUDGETS = (1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """logits f32 ``[N, C]`` and exit_layer int64 ``[N]`` in the workload's order."""
+
+    logits: Tensor
+    exit_layer: Tensor
+
+
+Run = Callable[[Workload, int], Answers]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to answer a workload.
+
+    run: (workload, batch size) -> answers. sizes: the batch sizes (rows, or tokens for ours) to choose the best from.
+    exits: must match the early-exit reference, else the full-depth model. rows: answers only that many rows (a sample).
+    """
+
+    name: str
+    run: Run
+    sizes: tuple[int, ...]
+    exits: bool
+    rows: int | None = None
+
+
+def contenders(
+    model: DeeBert, fast: AcceleratedModel, *, batch_size: int = 32, batch1_rows: int = 64
+) -> list[Contender]:
+    """All contenders for ``model``; ``fast`` is its accelerated form and holds the rule. Same weights and dtype."""
+    prepacked = with_prepacked_linears(model)
+    full = RaggedExecutor([full_depth_stage(fast)], impl=fast.impl)
+    rule = fast.rule
+    return [
+        Contender("padded", padded(model, by_length=False), (batch_size,), exits=False),
+        Contender("padded_sorted", padded(model, by_length=True), ROW_BATCHES, exits=False),
+        Contender("padded_sorted_prepacked", padded(prepacked, by_length=True), ROW_BATCHES, exits=False),
+        Contender("batch1", padded_exit(model, rule), (1,), exits=True, rows=batch1_rows),
+        Contender("padded_exit", padded_exit(model, rule), ROW_BATCHES, exits=True),
+        Contender("ragged_full", ragged(fast, full), TOKEN_BUDGETS, exits=False),
+        Contender("ragged", ragged(fast, fast.executor), TOKEN_BUDGETS, exits=True),
+    ]
+
+
+def padded(model: DeeBert, *, by_length: bool) -> Run:
+    """Hugging Face's forward at full depth and the final head, in padded batches."""
+
+    @torch.inference_mode()
+    def run(workload: Workload, batch_size: int) -> Answers:
+        return _in_batches(
+            workload,
+            batch_size,
+            by_length,
+            model.config.num_hidden_layers,
+            lambda ids, mask: (full_depth(model, ids, mask), None),
+        )
+
+    return run
+
+
+def full_depth(model: DeeBert, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Logits ``[B, C]`` of the final head, and of no other."""
+    hidden = model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return model.final(hidden, attention_mask, model.pooling)
+
+
+def padded_exit(model: DeeBert, rule: ExitRule) -> Run:
+    """The plain way to exit in a batch: after each layer drop the finished rows of the padded batch by a mask."""
+
+    @torch.inference_mode()
+    def run(workload: Workload, batch_size: int) -> Answers:
+        return _in_batches(workload, batch_size, True, 0, lambda ids, mask: _shrink_by_mask(model, rule, ids, mask))
+
+    return run
+
+
+def _shrink_by_mask(model: DeeBert, rule: ExitRule, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    backbone: Any = model.backbone  # a Hugging Face encoder
+    hidden = backbone.embeddings(input_ids=input_ids)
+    mask = create_bidirectional_mask(backbone.config, hidden, attention_mask)
+    rows = torch.arange(len(input_ids))
+    logits = torch.empty(len(rows), model.config.num_labels)
+    exit_layer = torch.empty(len(rows), dtype=torch.int64)
+    done = 0
+    exits = model.exits()
+    for number, (head, depth) in enumerate(exits):
+        for layer in range(done, depth):
+            output = backbone.encoder.layer[layer](hidden, mask)
+            hidden = output[0] if isinstance(output, tuple) else output
+        done = depth
+        answer = head(hidden, attention_mask, model.pooling)
+        leaves = _leaves(answer, rule, depth - 1, final=number == len(exits) - 1)
+        logits[rows[leaves]], exit_layer[rows[leaves]] = answer[leaves].float(), depth
+        stays = ~leaves
+        rows, hidden, attention_mask = rows[stays], hidden[stays], attention_mask[stays]
+        mask = None if mask is None else mask[stays]
+        if len(rows) == 0:
+            break
+    return logits, exit_layer
+
+
+def _leaves(logits: Tensor, rule: ExitRule, exit_index: int, *, final: bool) -> Tensor:
+    return _decide(logits, rule, exit_index, final).exits
+
+
+def exit_score(logits: Tensor, rule: ExitRule) -> Tensor:
+    """The rule's score of logits ``[B, C]`` -> ``[B]``; rules without row state or signal only."""
+    return _decide(logits, rule, 0, False).score
+
+
+def _decide(logits: Tensor, rule: ExitRule, exit_index: int, final: bool) -> ExitTensors:
+    rows = len(logits)
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32)
+    live = torch.tensor([rows, rows], dtype=torch.int32)
+    threshold = torch.tensor([rule.threshold_at(exit_index)])
+    return exit_decide(logits, None, cu_seqlens, live, None, None, threshold, rule.spec, final)
+
+
+def ragged(fast: AcceleratedModel, executor: RaggedExecutor) -> Run:
+    """Ours: packed batches of a token budget, longest first."""
+
+    @torch.inference_mode()
+    def run(workload: Workload, token_budget: int) -> Answers:
+        rows = token_budget_batches(workload.lengths, token_budget)
+        records = [
+            executor.run(fast.encoder.pack_sequences([workload.sequences[row] for row in part])) for part in rows
+        ]
+        return _in_order(rows, [record.logits for record in records], [record.exit_layer for record in records])
+
+    return run
+
+
+def full_depth_stage(fast: AcceleratedModel) -> Stage:
+    """The last stage of ``fast`` made to run the whole encoder: exits off, no head but the final one."""
+    last = fast.executor.stages[-1]
+    return replace(last, layers=range(fast.encoder.num_layers), restart=True)
+
+
+def with_prepacked_linears(model: DeeBert) -> DeeBert:
+    """A copy of ``model`` whose every linear runs on our prepacked weights: the same graph, another GEMM library."""
+    clone = copy.deepcopy(model)
+    for module in list(clone.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _Prepacked(child))
+    return clone
+
+
+class _Prepacked(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = PackedLinear(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def _in_batches(
+    workload: Workload,
+    batch_size: int,
+    by_length: bool,
+    full_depth_layers: int,
+    answer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+) -> Answers:
+    order = list(range(len(workload)))
+    if by_length:
+        lengths = workload.lengths
+        order.sort(key=lambda row: -lengths[row])
+    rows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    logits, layers = [], []
+    for ids, mask in (_pad([workload.sequences[row] for row in part]) for part in rows):
+        answered, exit_layer = answer(ids, mask)
+        logits.append(answered.float())
+        layers.append(torch.full((len(ids),), full_depth_layers) if exit_layer is None else exit_layer)
+    return _in_order(rows, logits, layers)
+
+
+def _pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, int64 ``[B, S]``, padded on the right with 0."""
+    batch = RaggedBatch.from_sequences(sequences)
+    assert batch.input_ids is not None
+    return batch.unpack(batch.input_ids)
+
+
+def _in_order(rows: list[list[int]], logits: list[Tensor], layers: list[Tensor]) -> Answers:
+    place = torch.tensor([row for part in rows for row in part]).argsort()
+    return Answers(torch.cat(logits)[place], torch.cat(layers)[place])

@@ -1,0 +1,130 @@
+"""The main job: score real text with a fitted DeeBERT, fast; what `ragged-exit bench` runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+import ragged_exit.embedded as embedded
+from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.compare import compare
+from ragged_exit.bench.report import Report
+from ragged_exit.bench.workload import Workload
+from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.calibration.threshold import Point, accuracy_curve, choose_threshold
+from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.models.deebert import DeeBert
+from ragged_exit.models.loading import load
+from ragged_exit.rules import Entropy
+from ragged_exit.training.heads import fit_heads
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fitted model and its data, tokenised: what remains is to choose a threshold and to measure."""
+
+    title: str
+    model: DeeBert
+    valid: Workload
+    test: Workload
+
+
+def prepare(model_source: str | None, data_source: Path | None, *, say: Say, seed: int = 42) -> Prepared:
+    """Load data and model, fit heads where the model has none (cached), and tokenise.
+
+    model_source: a directory of ours or a published one, or a Hugging Face directory or id; default the embedded
+    bge-small. data_source: a labelled csv, tsv, jsonl or parquet file; default the embedded movie snippets.
+    """
+    if data_source is None:
+        data = embedded.binary_sentiment(embedded.movie_snippets(say=say))
+        data_name = "VADER movie snippets"
+    else:
+        data = read_text_data(data_source)
+        data_name = data_source.name
+    if data.is_regression:
+        raise ValueError("data: expected class labels; the entropy exits of this benchmark need classes, got numbers")
+    source = str(embedded.encoder_dir("bge-small", say=say)) if model_source is None else model_source
+    model_name = "bge-small L12" if model_source is None else Path(model_source).name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    parts = [data.select(rows) for rows in split_by_hash(data.ids)]
+    train, valid, test = (_tokenise(tokenizer, part) for part in parts)
+    model = _model(source, train, valid, num_labels=max(data.labels) + 1, seed=seed, say=say)  # type: ignore[type-var,arg-type,operator]
+    return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, valid, test)
+
+
+def run_bench(
+    prepared: Prepared,
+    *,
+    threshold: float | None = None,
+    batch_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    timed_rows: int = 768,
+    repeats: int = 3,
+    say: Say,
+) -> Report:
+    """Choose the threshold on validation data, then check and time every contender on test rows."""
+    model, valid, test = prepared.model, prepared.valid, prepared.test
+    assert valid.labels is not None
+    say("choosing the threshold on validation rows")
+    table = exit_table(accelerate(model), valid.sequences)
+    curve = accuracy_curve(table, valid.labels)
+    if threshold is None:
+        chosen = choose_threshold(table, valid.labels)
+    else:
+        logits, layers = table.answers_at(threshold)
+        right = (logits.argmax(1) == valid.labels).double().mean()
+        chosen = Point(threshold, float(right), float(layers.double().mean()))
+    say(f"threshold {chosen.threshold:.4f}: validation accuracy {100 * chosen.accuracy:.2f} %")
+    return compare(
+        prepared.title,
+        model,
+        Entropy(chosen.threshold),
+        test,
+        lambda number: test.sample(timed_rows, seed=1000 + number),
+        batch_size=batch_size,
+        dtype=dtype,
+        repeats=repeats,
+        say=say,
+        curve=curve,
+        chosen=chosen,
+    )
+
+
+def _tokenise(tokenizer, data: TextData) -> Workload:
+    limit = min(512, tokenizer.model_max_length)
+    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=limit)["input_ids"]
+    return Workload(encoded, torch.tensor(data.labels))
+
+
+def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, seed: int, say: Say) -> DeeBert:
+    config_file = Path(source) / "config.json"
+    if config_file.is_file() and "early_exit" in json.loads(config_file.read_text()):
+        model = load(source)
+        if not isinstance(model, DeeBert):
+            raise ValueError(f"model: expected a DeeBERT checkpoint or a plain encoder, got {model.system}")
+        return model
+    key = hashlib.sha256(repr((source, num_labels, seed, train.sequences[:100], len(train))).encode()).hexdigest()[:16]
+    cached = embedded.cache_dir() / "heads" / key
+    if (cached / "model.safetensors").is_file():
+        say(f"heads from {cached}")
+        return DeeBert.from_pretrained(cached)  # type: ignore[return-value]
+    model = DeeBert.from_backbone(source, num_labels=num_labels, pooling="mean")
+    say(f"fitting heads on {len(train):,} rows, the backbone frozen")
+    assert train.labels is not None and valid.labels is not None
+    fit_heads(
+        model,
+        (train.sequences, train.labels.tolist()),
+        (valid.sequences, valid.labels.tolist()),
+        fit_final=True,
+        seed=seed,
+    )
+    model.save_pretrained(cached)
+    return model

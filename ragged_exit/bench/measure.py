@@ -1,0 +1,156 @@
+"""Measure contenders: decisions first, then interleaved timing on fresh batches, medians over repeats."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragged_exit.bench.contenders import Answers, Contender, exit_score
+from ragged_exit.bench.workload import Workload
+from ragged_exit.models.base import ExitPoint, answer
+from ragged_exit.models.deebert import DeeBert
+from ragged_exit.rules import ExitRule
+
+MAX_LOGIT_ERROR = 1e-3  # fp32
+MARGIN = 1e-5  # on the score, where a decision may fall either way
+MIN_AGREEMENT = 0.99  # bf16: share of labels equal to the fp32 reference
+MAX_ACCURACY_LOSS = 0.003  # bf16
+
+
+@dataclass(frozen=True)
+class References:
+    """What contenders must match on one workload: full depth, and the early-exit model run row by row.
+
+    close: bool ``[N]``, rows with some score within the margin of its threshold, whose exit may differ.
+    """
+
+    full: Answers
+    exits: Answers
+    close: Tensor
+
+
+@dataclass
+class Measured:
+    """A contender's best size, the seconds of each repeat on the same number of rows, and whether its answers match."""
+
+    contender: Contender
+    size: int
+    seconds: list[float] = field(default_factory=list)
+    accuracy: float | None = None
+    max_logit_error: float = 0.0
+    wrong_exits: int = 0
+    agreement: float = 1.0
+    matches: bool = True
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@torch.inference_mode()
+def references(model: DeeBert, rule: ExitRule, workload: Workload) -> References:
+    """Run the plain reference model one row at a time: every exit of every row, and which of them answers."""
+    full, logits, layers, close = [], [], [], []
+    for sequence in workload.sequences:
+        ids = torch.tensor([list(sequence)])
+        points = [replace(point, rule=rule) for point in model.exit_points(ids, torch.ones_like(ids), None)]
+        output: Any = answer(points)  # all its fields are set
+        full.append(points[-1].output.logits)
+        logits.append(output.logits)
+        layers.append(output.exit_layer)
+        close.append(any(_is_close(point) for point in points[:-1]))
+    depth = model.config.num_hidden_layers
+    return References(
+        Answers(torch.cat(full).float(), torch.full((len(full),), depth)),
+        Answers(torch.cat(logits).float(), torch.cat(layers)),
+        torch.tensor(close),
+    )
+
+
+def _is_close(point: ExitPoint) -> bool:
+    score = exit_score(point.output.logits, point.rule)
+    return bool((score - point.rule.threshold_at(point.exit_index)).abs() <= MARGIN)
+
+
+def check(measured: Measured, answers: Answers, workload: Workload, expected: References, dtype: torch.dtype) -> None:
+    """Fill in accuracy and whether ``answers`` match the contender's reference (DESIGN: benchmarks, one specification).
+
+    fp32: labels equal, |logit difference| <= 1e-3 and exit layers equal, outside the margin. bf16: labels agree for
+    99 % of the rows and accuracy is within 0.3 points.
+    """
+    wanted = expected.exits if measured.contender.exits else expected.full
+    rows = len(answers.logits)
+    certain = ~expected.close[:rows] if measured.contender.exits else torch.ones(rows, dtype=torch.bool)
+    labels, wanted_labels = answers.logits.argmax(1), wanted.logits[:rows].argmax(1)
+    measured.agreement = float((labels == wanted_labels).double().mean())
+    measured.wrong_exits = int((answers.exit_layer != wanted.exit_layer[:rows])[certain].sum())
+    measured.max_logit_error = float((answers.logits - wanted.logits[:rows])[certain].abs().max())
+    loss = 0.0
+    if workload.labels is not None:
+        truth = workload.labels[:rows]
+        measured.accuracy = float((labels == truth).double().mean())
+        loss = float((wanted_labels == truth).double().mean()) - measured.accuracy
+    if dtype == torch.float32:
+        same_labels = bool((labels == wanted_labels)[certain].all())
+        exact = measured.max_logit_error <= MAX_LOGIT_ERROR and measured.wrong_exits == 0
+        measured.matches = same_labels and exact
+    else:
+        measured.matches = measured.agreement >= MIN_AGREEMENT and loss <= MAX_ACCURACY_LOSS
+
+
+def measure(
+    contenders: Sequence[Contender],
+    check_on: Workload,
+    expected: References,
+    draw: Callable[[int], Workload],
+    *,
+    repeats: int,
+    dtype: torch.dtype,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> list[Measured]:
+    """Check every contender on ``check_on``, choose its batch size, then time all of them in turns.
+
+    draw(number) gives workload ``number``: other rows in another order each time, so that each batch is seen once.
+    Numbers below 0 are for choosing sizes.
+    """
+    results = []
+    for contender in contenders:
+        on_step(f"checking {contender.name}")
+        size = _best_size(contender, draw)
+        measured = Measured(contender, size)
+        check(measured, contender.run(_limited(check_on, contender), size), check_on, expected, dtype)
+        results.append(measured)
+    for repeat in range(repeats):
+        workload = draw(repeat)
+        shift = repeat % len(results)  # nobody always runs first
+        for measured in results[shift:] + results[:shift]:
+            on_step(f"timing {measured.contender.name}, repeat {repeat + 1} of {repeats}")
+            part = _limited(workload, measured.contender)
+            measured.seconds.append(_seconds(measured.contender, part, measured.size) * len(workload) / len(part))
+    return results
+
+
+def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:
+    if len(contender.sizes) == 1:
+        return contender.sizes[0]
+    times = {}
+    for number, size in enumerate(contender.sizes):
+        contender.run(draw(-1 - number), size)  # kernels for this size's shapes are built here, not in the next line
+        times[size] = _seconds(contender, draw(-1 - len(contender.sizes)), size)
+    return min(times, key=lambda size: times[size])
+
+
+def _seconds(contender: Contender, workload: Workload, size: int) -> float:
+    start = time.perf_counter()
+    contender.run(workload, size)
+    return time.perf_counter() - start
+
+
+def _limited(workload: Workload, contender: Contender) -> Workload:
+    return workload if contender.rows is None else workload.select(range(min(contender.rows, len(workload))))

@@ -1,0 +1,154 @@
+"""A benchmark's outcome: derived figures, JSON, the printed table and the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ragged_exit.bench.environment import environment
+from ragged_exit.bench.measure import Measured
+from ragged_exit.bench.workload import Workload, work
+from ragged_exit.calibration.threshold import Point
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the table, the picture and the JSON say."""
+
+    title: str
+    measured: list[Measured]
+    workload: dict[str, Any]
+    linear_seconds: float | None
+    exit_layer: Tensor
+    num_layers: int
+    curve: Sequence[Point] = ()
+    chosen: Point | None = None
+
+    def of(self, name: str) -> Measured:
+        return next(item for item in self.measured if item.contender.name == name)
+
+    def ratio(self, slow: str, fast: str) -> float | None:
+        """seconds of ``slow`` over seconds of ``fast``; None unless both match their reference."""
+        first, second = self.of(slow), self.of(fast)
+        return first.median / second.median if first.matches and second.matches else None
+
+    @property
+    def realised_over_ideal(self) -> float | None:
+        gain = self.ratio("ragged_full", "ragged")
+        return None if gain is None else gain * self.workload["work_fraction"]
+
+    @property
+    def roofline_fraction(self) -> float | None:
+        matches = self.of("ragged").matches
+        return None if self.linear_seconds is None or not matches else self.linear_seconds / self.of("ragged").median
+
+    @property
+    def factors(self) -> dict[str, float | None]:
+        """padded / ragged = GEMM library x padding x depth."""
+        padding = self.ratio("padded", "padded_sorted")
+        packing = self.ratio("padded_sorted_prepacked", "ragged_full")
+        return {
+            "gemm_library": self.ratio("padded_sorted", "padded_sorted_prepacked"),
+            "padding": None if padding is None or packing is None else padding * packing,
+            "depth": self.ratio("ragged_full", "ragged"),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = self.workload["sequences"]
+        contenders = [
+            {
+                "name": item.contender.name,
+                "seconds": item.median,
+                "seconds_of_repeats": item.seconds,
+                "sequences_per_second": rows / item.median,
+                "accuracy": item.accuracy,
+                "speedup_vs_padded": self.ratio("padded", item.contender.name),
+                "decisions_match": item.matches,
+                "max_logit_error": item.max_logit_error,
+                "wrong_exits": item.wrong_exits,
+                "label_agreement": item.agreement,
+                "batch_size": item.size,
+            }
+            for item in self.measured
+        ]
+        return {
+            "environment": environment(),
+            "title": self.title,
+            "workload": self.workload,
+            "contenders": contenders,
+            "factors": self.factors,
+            "realised_over_ideal": self.realised_over_ideal,
+            "roofline_fraction": self.roofline_fraction,
+        }
+
+    def write_json(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def print(self, console: Console) -> None:
+        table = Table(title=self.title)
+        for column in ("contender", "seq/s", "vs padded", "accuracy", "batch", "answers"):
+            table.add_column(column, justify="left" if column in ("contender", "answers") else "right")
+        rows = self.workload["sequences"]
+        for item in self.measured:
+            speedup = self.ratio("padded", item.contender.name)
+            table.add_row(
+                item.contender.name,
+                f"{rows / item.median:,.0f}",
+                "-" if speedup is None else f"{speedup:.2f}x",
+                "-" if item.accuracy is None else f"{100 * item.accuracy:.2f} %",
+                str(item.size),
+                self._verdict(item),
+            )
+        console.print(table)
+        factors = self.factors
+        if all(value is not None for value in factors.values()):
+            product = factors["gemm_library"] * factors["padding"] * factors["depth"]  # type: ignore[operator]
+            console.print(
+                f"gain over padded {product:.2f}x = GEMM library {factors['gemm_library']:.2f} x padding "
+                f"{factors['padding']:.2f} x depth {factors['depth']:.2f}"
+            )
+        if self.realised_over_ideal is not None:
+            console.print(
+                f"realised / ideal {self.realised_over_ideal:.3f}   "
+                f"(work fraction {self.workload['work_fraction']:.3f}, "
+                f"mean exit layer {self.workload['mean_exit_layer']:.2f} of {self.num_layers})"
+            )
+        if self.roofline_fraction is not None:
+            console.print(f"roofline fraction {self.roofline_fraction:.3f}   (linears alone / ragged)")
+        machine = environment()
+        console.print(f"{machine['cpu']}, {machine['threads']} threads, {machine['versions']}", style="dim")
+
+    def _verdict(self, item: Measured) -> str:
+        reference = "row-by-row exits" if item.contender.exits else "full depth"
+        if item.matches:
+            return f"match {reference} (logits within {item.max_logit_error:.0e}, {100 * item.agreement:.1f} % labels)"
+        return f"[red]DIFFER from {reference}: {item.wrong_exits} exits, logits by {item.max_logit_error:.1e}[/red]"
+
+    def plot(self, path: Path) -> None:
+        """The exit-layer histogram beside accuracy against mean exit layer (or throughput, where there is no curve)."""
+        from ragged_exit.bench.plot import draw_report
+
+        draw_report(self, path)
+
+
+def workload_facts(
+    workload: Workload, exit_layer: Tensor, evaluated_exits: Tensor, config: Any, num_layers: int
+) -> dict[str, Any]:
+    """The ``workload`` section of the JSON. exit_layer, evaluated_exits: int64 ``[N]`` of the early-exit reference."""
+    full = work(config, workload.lengths, exit_layer * 0 + num_layers, exit_layer * 0 + 1)
+    return {
+        "sequences": len(workload),
+        "tokens": sum(workload.lengths),
+        "padding_rate": workload.padding_rate(),
+        "mean_exit_layer": float(exit_layer.double().mean()),
+        "num_layers": num_layers,
+        "work_fraction": work(config, workload.lengths, exit_layer, evaluated_exits) / full,
+    }

@@ -1,0 +1,56 @@
+"""A benchmark's workload: the sequences, their labels, and how many FLOPs they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Token id sequences in arrival order and, where known, their labels (int64 ``[N]``)."""
+
+    sequences: Sequence[Sequence[int]]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence) for sequence in self.sequences]
+
+    def select(self, rows: Sequence[int]) -> Workload:
+        labels = None if self.labels is None else self.labels[list(rows)]
+        return Workload([self.sequences[row] for row in rows], labels)
+
+    def sample(self, count: int, seed: int) -> Workload:
+        """``count`` rows (all, shuffled, if there are fewer), drawn by ``seed``."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.select(order[:count].tolist())
+
+    def padding_rate(self, batch_size: int = 32) -> float:
+        """Share of padding in batches of ``batch_size`` in arrival order, each padded to its longest."""
+        lengths = self.lengths
+        padded = sum(
+            max(lengths[start : start + batch_size]) * len(lengths[start : start + batch_size])
+            for start in range(0, len(lengths), batch_size)
+        )
+        return 1 - sum(lengths) / padded
+
+
+def layer_flops(config: PretrainedConfig, tokens: Tensor) -> Tensor:
+    """FLOPs of one layer per row: 2 t (4 H^2 + 2 H F) + 4 t^2 H; tokens float64 ``[N]``."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return 2 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4 * tokens**2 * hidden
+
+
+def work(config: PretrainedConfig, lengths: Sequence[int], executed_layers: Tensor, evaluated_exits: Tensor) -> float:
+    """FLOPs on unrounded tokens: the executed layers, plus 2 (H^2 + H C) per evaluated exit. Both int64 ``[N]``."""
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    head = 2 * (config.hidden_size**2 + config.hidden_size * config.num_labels)
+    return float((layer_flops(config, tokens) * executed_layers + head * evaluated_exits).sum())

@@ -1,0 +1,127 @@
+"""The benchmark refuses to praise wrong answers, and its figures follow from its timings."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import BertConfig
+
+import ragged_exit as rx
+from ragged_exit.bench import measure as measuring
+from ragged_exit.bench.compare import compare
+from ragged_exit.bench.contenders import Answers, contenders
+from ragged_exit.bench.synthetic import uniform_exits
+from ragged_exit.bench.workload import Workload
+from ragged_exit.calibration.exit_table import exit_table
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, num_labels=2
+    )
+    model = rx.DeeBert(config, rx.Entropy(0.0)).eval()
+    for head in (*model.highways, model.final):
+        torch.nn.init.normal_(head.classifier.weight, std=2.0)
+    return model
+
+
+def workload(rows: int, seed: int) -> Workload:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (rows,), generator=generator).tolist()
+    sequences = [torch.randint(1, 50, (length,), generator=generator).tolist() for length in lengths]
+    return Workload(sequences, torch.randint(0, 2, (rows,), generator=generator))
+
+
+@pytest.fixture(scope="module")
+def rule(model):
+    return uniform_exits(exit_table(rx.accelerate(model), workload(60, 1).sequences))
+
+
+@pytest.fixture(scope="module")
+def report(model, rule):
+    return compare(
+        "tiny",
+        model,
+        rule,
+        workload(40, 2),
+        lambda number: workload(40, 100 + number),
+        batch_size=8,
+        dtype=torch.float32,
+        repeats=3,
+        say=lambda line: None,
+    )
+
+
+def test_every_contender_matches_its_reference(report):
+    assert [item.contender.name for item in report.measured if not item.matches] == []
+    assert {item.contender.name for item in report.measured} == {
+        "padded",
+        "padded_sorted",
+        "padded_sorted_prepacked",
+        "batch1",
+        "padded_exit",
+        "ragged_full",
+        "ragged",
+    }
+
+
+def test_uniform_exits_are_uniform(model, rule):
+    layers = rx.accelerate(model, rule=rule)
+    sequences = workload(60, 1).sequences
+    found = torch.tensor([row.exit_layer for row in layers.stream(sequences)])
+    assert torch.bincount(found, minlength=4)[1:].tolist() == [20, 20, 20]
+
+
+def test_figures_follow_from_the_timings(report):
+    for item, seconds in zip(report.measured, (8.0, 4.0, 3.0, 9.0, 5.0, 2.0, 1.0), strict=True):
+        item.seconds = [seconds] * 3
+    found = report.to_dict()
+    by_name = {item["name"]: item for item in found["contenders"]}
+    assert by_name["ragged"]["speedup_vs_padded"] == 8.0
+    assert found["factors"] == {"gemm_library": 4 / 3, "padding": 2.0 * 1.5, "depth": 2.0}
+    assert found["realised_over_ideal"] == pytest.approx(2 * found["workload"]["work_fraction"])
+    assert 0 < found["workload"]["work_fraction"] < 1
+
+
+def test_wrong_answers_get_no_speed_up(report, tmp_path):
+    broken = replace(report, measured=[replace(item) for item in report.measured])
+    broken.of("ragged").matches = False
+    found = broken.to_dict()
+    by_name = {item["name"]: item for item in found["contenders"]}
+    assert by_name["ragged"]["speedup_vs_padded"] is None
+    assert found["realised_over_ideal"] is None and found["roofline_fraction"] is None
+    console = Console(width=200, record=True)
+    broken.print(console)
+    assert "DIFFER" in console.export_text()
+
+
+def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
+    rows = workload(30, 5)
+    expected = measuring.references(model, rule, rows)
+    ragged = contenders(model, rx.accelerate(model, rule=rule))[-1]
+    right = ragged.run(rows, 256)
+
+    def verdict(answers: Answers) -> bool:
+        measured = measuring.Measured(ragged, 256)
+        measuring.check(measured, answers, rows, expected, torch.float32)
+        return measured.matches
+
+    assert verdict(right)
+    assert not verdict(Answers(-right.logits, right.exit_layer))
+    assert not verdict(Answers(right.logits + 2e-3, right.exit_layer))
+    row = int((~expected.close).nonzero()[0])
+    other = right.exit_layer.clone()
+    other[row] = 3 if other[row] != 3 else 2
+    assert not verdict(Answers(right.logits, other))
+
+
+def test_json_and_picture(report, tmp_path):
+    report.write_json(tmp_path / "deep" / "r.json")
+    saved = json.loads((tmp_path / "deep" / "r.json").read_text())
+    assert set(saved) >= {"environment", "workload", "contenders", "realised_over_ideal", "roofline_fraction"}
+    report.plot(tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

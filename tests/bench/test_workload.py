@@ -1,0 +1,43 @@
+"""The workload's figures, by hand."""
+
+import torch
+from transformers import BertConfig
+
+from ragged_exit.bench.synthetic import random_workload, sst2_lengths
+from ragged_exit.bench.workload import Workload, work
+
+CONFIG = BertConfig(hidden_size=8, intermediate_size=16, num_labels=3, num_attention_heads=2)
+
+
+def test_work_by_hand():
+    # row of 2 tokens: a layer is 2*2*(4*64 + 2*8*16) + 4*4*8 = 2176; an exit is 2*(64 + 8*3) = 176
+    layers, exits = torch.tensor([3]), torch.tensor([2])
+    assert work(CONFIG, [2], layers, exits) == 3 * 2176 + 2 * 176
+
+
+def test_work_adds_up_over_rows():
+    layers, exits = torch.tensor([1, 5]), torch.tensor([1, 5])
+    total = work(CONFIG, [2, 7], layers, exits)
+    assert total == work(CONFIG, [2], layers[:1], exits[:1]) + work(CONFIG, [7], layers[1:], exits[1:])
+
+
+def test_padding_rate_by_hand():
+    workload = Workload([[1] * 4, [1] * 2, [1] * 1, [1] * 3])
+    assert workload.padding_rate(batch_size=2) == 1 - 10 / (2 * 4 + 2 * 3)
+
+
+def test_sample_is_a_seeded_permutation():
+    workload = Workload([[row] for row in range(50)], torch.arange(50))
+    first, again, other = workload.sample(20, 1), workload.sample(20, 1), workload.sample(20, 2)
+    assert first.sequences == again.sequences != other.sequences
+    assert [sequence[0] for sequence in first.sequences] == first.labels.tolist()
+    assert len(set(first.labels.tolist())) == 20
+
+
+def test_synthetic_lengths_look_like_sst2():
+    lengths = sst2_lengths(20_000, torch.Generator().manual_seed(0)).double()
+    assert 23.5 < lengths.mean() < 24.5
+    assert 10.5 < lengths.std() < 13
+    assert lengths.min() >= 4 and lengths.max() <= 66
+    workload = random_workload(10, 3)
+    assert workload.sequences == random_workload(10, 3).sequences
