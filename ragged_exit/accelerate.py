@@ -69,7 +69,7 @@ def accelerate(
         rule = with_fields(model.rule, changes)
     elif changes:
         raise ValueError(f"rule: give either a rule or {sorted(changes)}, not both")
-    rule.check(model.num_exits)
+    model.check_rule(rule)
     device = model.device if device is None else torch.device(device)
     dtype = model.dtype if dtype is None else dtype
     if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
@@ -90,6 +90,12 @@ def with_fields(rule: ExitRule, changes: Mapping[str, Any]) -> ExitRule:
 
 class AcceleratedModel(nn.Module):
     """What ``accelerate`` returns. It has no parameters of its own: the snapshot is not trainable."""
+
+    main_input_name = "input_ids"  # this and the next two: what transformers.pipeline asks a model
+    input_modalities = ("text",)
+
+    def can_generate(self) -> bool:
+        return False
 
     def __init__(
         self, model: EarlyExitModel, rule: ExitRule, impl: str, dtype: torch.dtype, device: torch.device
@@ -137,11 +143,11 @@ class AcceleratedModel(nn.Module):
         labels: Tensor | None = None,
     ) -> ExitOutput:
         """Padded ``[B, S]`` in, any 0/1 mask; as the source model called in eval mode."""
-        record = self.executor.run(self.encoder.pack(input_ids, attention_mask, token_type_ids))
-        output = ExitOutput(**{name: value.to(input_ids.device) for name, value in record._asdict().items()})
-        if labels is not None:
-            output.loss = self._source[0].task_loss(output.logits, labels)
-        return output
+        inputs = self._source[0].prepare(input_ids, attention_mask, token_type_ids)
+        record = self.executor.run(self.encoder.pack(*inputs))
+        answers = {name: value.to(input_ids.device) for name, value in record._asdict().items()}
+        loss = None if labels is None else self._source[0].task_loss(answers["logits"], labels)
+        return ExitOutput(loss=loss, **answers)  # the loss first, as Hugging Face models return it
 
     def stream(
         self, sequences: Iterable[Sequence[int] | Mapping[str, Sequence[int]]], token_budget: int = 8192
@@ -149,14 +155,14 @@ class AcceleratedModel(nn.Module):
         """Answer any number of sequences in order, in bounded memory.
 
         A sequence is a list of token ids, or a mapping with ``input_ids`` and perhaps ``token_type_ids`` (lists, as a
-        tokenizer returns them). A window of a few token budgets is read ahead and sorted by length. A bad sequence
-        gives a RowResult with ``error``; the others are answered all the same.
+        tokenizer returns them without padding). A window of a few token budgets is read ahead and sorted by length. A
+        bad sequence gives a RowResult with ``error``; the others are answered all the same.
         """
         window: list[_Sequence] = []
         tokens = 0
         for index, item in enumerate(sequences):
             window.append(_Sequence(index, *self._read(item)))
-            tokens += len(window[-1].input_ids)
+            tokens += max(1, len(window[-1].input_ids))  # bad sequences have none, and must not pile up either
             if tokens >= WINDOW_BATCHES * token_budget:
                 yield from self._answer(window, token_budget)
                 window, tokens = [], 0
@@ -171,6 +177,8 @@ class AcceleratedModel(nn.Module):
             ids = item["input_ids"] if isinstance(item, Mapping) else item
             types = item.get("token_type_ids") if isinstance(item, Mapping) else None
             self.encoder.check_sequence(ids, types)
+            if isinstance(item, Mapping) and any(kept != 1 for kept in item.get("attention_mask", ())):
+                raise ValueError("attention_mask: expected only 1, got others; give sequences without padding")
         except (ValueError, TypeError, KeyError) as error:
             return (), None, f"{type(error).__name__}: {error}"
         return ids, types, None

@@ -1,8 +1,10 @@
-"""What the packed encoder needs of a Hugging Face backbone: its weights under neutral names, and its conventions."""
+"""What the packed encoder needs of a backbone: its weights under neutral names, and its conventions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +36,23 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class BackboneWeights:
-    """A whole encoder. ``padding_idx`` is set where positions count from it (RoBERTa), else None."""
+    """A whole encoder. E is the embeddings' width, H the layers'; they differ only where there is a projection.
 
-    word_embeddings: Tensor  # [V, H]
-    position_embeddings: Tensor  # [S, H]
-    token_type_embeddings: Tensor | None  # [K, H]
+    layers: the same object where layers share their weights (ALBERT). padding_idx: set where positions count from it
+    (RoBERTa). norm_kind: see ``ops.add_layer_norm``.
+    """
+
+    word_embeddings: Tensor  # [V, E]
+    position_embeddings: Tensor  # [S, E]
+    token_type_embeddings: Tensor | None  # [K, E]
     embedding_norm: Affine
     layers: list[LayerWeights]
     num_heads: int
     activation: str
     norm_eps: float
-    padding_idx: int | None
+    padding_idx: int | None = None
+    embedding_projection: Affine | None = None  # E -> H
+    norm_kind: str = "standard"
 
     @property
     def hidden_size(self) -> int:
@@ -58,31 +66,21 @@ class BackboneWeights:
 
 
 def backbone_weights(backbone: nn.Module) -> BackboneWeights:
-    """Read a ``BertModel`` or ``RobertaModel`` (transformers), referring to its parameters, not copying them.
+    """Read an encoder of transformers (BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT) or our ``UerModel``.
 
-    Raises ValueError naming what is not supported: another architecture, a decoder, relative positions.
+    The result refers to the parameters where it can. Raises ValueError naming what is not supported: another
+    architecture, a decoder, relative positions.
     """
     config = backbone.config
     kind = getattr(config, "model_type", type(backbone).__name__)
-    if kind not in ("bert", "roberta"):
-        raise ValueError(f"backbone: expected a BERT or RoBERTa encoder, got model type {kind!r}")
+    if kind not in _READERS:
+        raise ValueError(f"backbone: expected an encoder of {sorted(_READERS)}, got model type {kind!r}")
     if getattr(config, "is_decoder", False):
         raise ValueError("backbone: expected an encoder, got is_decoder=True")
     positions = getattr(config, "position_embedding_type", "absolute") or "absolute"
     if positions != "absolute":
         raise ValueError(f"backbone: expected absolute position embeddings, got {positions!r}")
-    embeddings = backbone.embeddings
-    return BackboneWeights(
-        word_embeddings=embeddings.word_embeddings.weight,
-        position_embeddings=embeddings.position_embeddings.weight,
-        token_type_embeddings=embeddings.token_type_embeddings.weight,
-        embedding_norm=Affine.of(embeddings.LayerNorm),
-        layers=[_bert_layer(layer) for layer in backbone.encoder.layer],
-        num_heads=config.num_attention_heads,
-        activation=config.hidden_act,
-        norm_eps=config.layer_norm_eps,
-        padding_idx=config.pad_token_id if kind == "roberta" else None,
-    )
+    return BackboneWeights(**_READERS[kind](backbone, config))
 
 
 def stack(*parts: nn.Module) -> Affine:
@@ -93,7 +91,84 @@ def stack(*parts: nn.Module) -> Affine:
     )
 
 
-def _bert_layer(layer: nn.Module) -> LayerWeights:
+def _bert(backbone: Any, config: Any) -> dict[str, Any]:
+    return _embeddings(backbone.embeddings) | {
+        "layers": [_bert_layer(layer) for layer in backbone.encoder.layer],
+        "num_heads": config.num_attention_heads,
+        "activation": config.hidden_act,
+        "norm_eps": config.layer_norm_eps,
+    }
+
+
+def _roberta(backbone: Any, config: Any) -> dict[str, Any]:
+    return _bert(backbone, config) | {"padding_idx": config.pad_token_id}
+
+
+def _electra(backbone: Any, config: Any) -> dict[str, Any]:
+    projection = getattr(backbone, "embeddings_project", None)
+    return _bert(backbone, config) | {"embedding_projection": None if projection is None else Affine.of(projection)}
+
+
+def _albert(backbone: Any, config: Any) -> dict[str, Any]:
+    if config.inner_group_num != 1:
+        raise ValueError(f"backbone: expected ALBERT with inner_group_num 1, got {config.inner_group_num}")
+    encoder = backbone.encoder
+    groups = [_albert_layer(group.albert_layers[0]) for group in encoder.albert_layer_groups]
+    depth = config.num_hidden_layers
+    return _embeddings(backbone.embeddings) | {
+        "layers": [groups[index * len(groups) // depth] for index in range(depth)],
+        "num_heads": config.num_attention_heads,
+        "activation": config.hidden_act,
+        "norm_eps": config.layer_norm_eps,
+        "embedding_projection": Affine.of(encoder.embedding_hidden_mapping_in),
+    }
+
+
+def _distilbert(backbone: Any, config: Any) -> dict[str, Any]:
+    return _embeddings(backbone.embeddings) | {
+        "layers": [_distilbert_layer(layer) for layer in backbone.transformer.layer],
+        "num_heads": config.n_heads,
+        "activation": config.activation,
+        "norm_eps": backbone.embeddings.LayerNorm.eps,
+    }
+
+
+def _uer(backbone: Any, config: Any) -> dict[str, Any]:
+    embedding = backbone.embedding
+    return {
+        "word_embeddings": embedding.word_embedding.weight,
+        "position_embeddings": embedding.position_embedding.weight,
+        "token_type_embeddings": embedding.segment_embedding.weight[1:],  # row 0 is the padding's
+        "embedding_norm": Affine.of(embedding.layer_norm),
+        "layers": [_uer_layer(layer) for layer in backbone.encoder.transformer],
+        "num_heads": config.num_attention_heads,
+        "activation": "gelu",
+        "norm_eps": embedding.layer_norm.eps,
+        "norm_kind": "uer",
+    }
+
+
+_READERS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+    "albert": _albert,
+    "bert": _bert,
+    "distilbert": _distilbert,
+    "electra": _electra,
+    "roberta": _roberta,
+    "uer": _uer,
+}
+
+
+def _embeddings(embeddings: Any) -> dict[str, Any]:
+    types = getattr(embeddings, "token_type_embeddings", None)
+    return {
+        "word_embeddings": embeddings.word_embeddings.weight,
+        "position_embeddings": embeddings.position_embeddings.weight,
+        "token_type_embeddings": None if types is None else types.weight,
+        "embedding_norm": Affine.of(embeddings.LayerNorm),
+    }
+
+
+def _bert_layer(layer: Any) -> LayerWeights:
     attention = layer.attention
     return LayerWeights(
         qkv=stack(attention.self.query, attention.self.key, attention.self.value),
@@ -102,4 +177,40 @@ def _bert_layer(layer: nn.Module) -> LayerWeights:
         feed_forward_up=Affine.of(layer.intermediate.dense),
         feed_forward_down=Affine.of(layer.output.dense),
         output_norm=Affine.of(layer.output.LayerNorm),
+    )
+
+
+def _albert_layer(layer: Any) -> LayerWeights:
+    attention = layer.attention
+    return LayerWeights(
+        qkv=stack(attention.query, attention.key, attention.value),
+        attention_output=Affine.of(attention.dense),
+        attention_norm=Affine.of(attention.LayerNorm),
+        feed_forward_up=Affine.of(layer.ffn),
+        feed_forward_down=Affine.of(layer.ffn_output),
+        output_norm=Affine.of(layer.full_layer_layer_norm),
+    )
+
+
+def _distilbert_layer(layer: Any) -> LayerWeights:
+    attention = layer.attention
+    return LayerWeights(
+        qkv=stack(attention.q_lin, attention.k_lin, attention.v_lin),
+        attention_output=Affine.of(attention.out_lin),
+        attention_norm=Affine.of(layer.sa_layer_norm),
+        feed_forward_up=Affine.of(layer.ffn.lin1),
+        feed_forward_down=Affine.of(layer.ffn.lin2),
+        output_norm=Affine.of(layer.output_layer_norm),
+    )
+
+
+def _uer_layer(layer: Any) -> LayerWeights:
+    attention = layer.self_attn
+    return LayerWeights(
+        qkv=stack(*attention.linear_layers),  # query, key, value
+        attention_output=Affine.of(attention.final_linear),
+        attention_norm=Affine.of(layer.layer_norm_1),
+        feed_forward_up=Affine.of(layer.feed_forward.linear_1),
+        feed_forward_down=Affine.of(layer.feed_forward.linear_2),
+        output_norm=Affine.of(layer.layer_norm_2),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from ragged_exit.ops import add_layer_norm, varlen_attention
 
 class PackedEncoder:
     """Runs single layers on a RaggedBatch; who runs which layer on which rows is the executor's business.
+
+    A backbone without token types (DistilBERT) ignores them, as its Hugging Face model does.
 
     impl: as every op takes it. dtype: float32 or bfloat16 on a CPU, any floating dtype on a GPU.
     """
@@ -38,6 +41,7 @@ class PackedEncoder:
         self.num_heads = weights.num_heads
         self.activation = weights.activation
         self.norm_eps = weights.norm_eps
+        self.norm_kind = weights.norm_kind
         self.padding_idx = weights.padding_idx
         self.max_positions = weights.max_positions
         self.word_embeddings = own(weights.word_embeddings)
@@ -46,7 +50,10 @@ class PackedEncoder:
             None if weights.token_type_embeddings is None else own(weights.token_type_embeddings)
         )
         self.embedding_norm = affine(weights.embedding_norm)
-        self.layers = [_PackedLayer(layer, affine) for layer in weights.layers]
+        projection = weights.embedding_projection
+        self.embedding_projection = None if projection is None else _packed_linear(affine(projection))
+        packed = {id(layer): _PackedLayer(layer, affine) for layer in weights.layers}  # shared layers once
+        self.layers = [packed[id(layer)] for layer in weights.layers]
 
     @property
     def num_layers(self) -> int:
@@ -61,7 +68,7 @@ class PackedEncoder:
     ) -> RaggedBatch:
         """``RaggedBatch.pack`` with this backbone's positions, after checking ids against its tables.
 
-        Raises ValueError naming the argument: ids outside the vocabulary, positions or token types outside their tables.
+        Raises ValueError naming the argument: ids, positions or token types outside their tables.
         """
         check_ids("input_ids", input_ids)
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
@@ -86,17 +93,17 @@ class PackedEncoder:
             raise ValueError(
                 f"input_ids: expected at most {self.max_positions} tokens (the position table), got {len(input_ids)}"
             )
+        _check_integers("input_ids", input_ids)
         _check_values("input_ids", min(input_ids), max(input_ids), self.word_embeddings.shape[0])
         if token_type_ids is not None:
+            _check_integers("token_type_ids", token_type_ids)
             if len(token_type_ids) != len(input_ids):
                 raise ValueError(
                     f"token_type_ids: expected {len(input_ids)} values, as input_ids, got {len(token_type_ids)}"
                 )
-            _check_values("token_type_ids", min(token_type_ids), max(token_type_ids), self._num_types)
-
-    @property
-    def _num_types(self) -> int:
-        return 0 if self.token_type_embeddings is None else self.token_type_embeddings.shape[0]
+            if self.token_type_embeddings is not None:
+                limit = len(self.token_type_embeddings)
+                _check_values("token_type_ids", min(token_type_ids), max(token_type_ids), limit)
 
     def _check(self, batch: RaggedBatch, position_name: str) -> None:
         _check_range("input_ids", batch.input_ids, self.word_embeddings.shape[0])
@@ -108,8 +115,8 @@ class PackedEncoder:
                 f"got {int(batch.position_ids.max()) + 1 - (limit - self.max_positions)}"  # type: ignore[union-attr]
             )
         _check_range("position_ids", batch.position_ids, limit)
-        if batch.token_type_ids is not None:
-            _check_range("token_type_ids", batch.token_type_ids, self._num_types)
+        if batch.token_type_ids is not None and self.token_type_embeddings is not None:
+            _check_range("token_type_ids", batch.token_type_ids, len(self.token_type_embeddings))
 
     def embed(self, batch: RaggedBatch) -> RaggedBatch:
         """Fill ``hidden`` ``[token_bucket(T), H]`` from the packed ids."""
@@ -123,8 +130,11 @@ class PackedEncoder:
             else:
                 summed += F.embedding(batch.token_type_ids, self.token_type_embeddings)
         tokens = batch.input_ids.shape[0]
-        hidden = summed.new_zeros(token_bucket(tokens), self.hidden_size)
+        hidden = summed.new_zeros(token_bucket(tokens), summed.shape[1])
         hidden[:tokens] = self._norm(summed, None, self.embedding_norm)
+        if self.embedding_projection is not None:
+            hidden = self.embedding_projection(hidden)
+            hidden[tokens:] = 0  # the projection's bias
         return batch.with_hidden(hidden)
 
     def layer(self, index: int, batch: RaggedBatch) -> RaggedBatch:
@@ -150,7 +160,11 @@ class PackedEncoder:
 
     def _norm(self, x: Tensor, residual: Tensor | None, norm: Affine) -> Tensor:
         assert norm.bias is not None
-        return add_layer_norm(x, residual, norm.weight, norm.bias, self.norm_eps, impl=self.impl)
+        return add_layer_norm(x, residual, norm.weight, norm.bias, self.norm_eps, self.norm_kind, impl=self.impl)
+
+
+def _packed_linear(value: Affine) -> PackedLinear:
+    return PackedLinear(value.weight, value.bias)
 
 
 class _PackedLayer:
@@ -158,8 +172,7 @@ class _PackedLayer:
 
     def __init__(self, weights: LayerWeights, affine) -> None:
         def linear(value: Affine) -> PackedLinear:
-            moved = affine(value)
-            return PackedLinear(moved.weight, moved.bias)
+            return _packed_linear(affine(value))
 
         self.qkv = linear(weights.qkv)
         self.attention_output = linear(weights.attention_output)
@@ -167,6 +180,13 @@ class _PackedLayer:
         self.feed_forward_up = linear(weights.feed_forward_up)
         self.feed_forward_down = linear(weights.feed_forward_down)
         self.output_norm = affine(weights.output_norm)
+
+
+def _check_integers(name: str, values: Sequence[int]) -> None:
+    listed = values.tolist() if hasattr(values, "tolist") else values  # a tensor or an array
+    for kind in set(map(type, listed)):
+        if not issubclass(kind, Integral) or kind is bool:
+            raise TypeError(f"{name}: expected integers, got {kind.__name__}")
 
 
 def _check_range(name: str, ids: Tensor | None, limit: int) -> None:

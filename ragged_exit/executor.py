@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from ragged_exit.rules import ExitRule
 class Stage:
     """Run ``layers`` (perhaps none) of ``encoder`` on the live rows, then ask ``head`` and ``rule`` who leaves.
 
-    exit_index: which of the rule's thresholds. exit_layer, member: what a row that leaves here reports. executed_layers:
-    layers that such a row has run in all, restarts included. restart: begin from the token ids (a model's first stage).
+    exit_index: which of the rule's thresholds. exit_layer, member: what a row that leaves here reports.
+    executed_layers: layers that such a row has run in all, restarts included. restart: begin from the token ids (a
+    model's first stage).
     """
 
     encoder: PackedEncoder
@@ -52,8 +54,8 @@ class ExitRecord(NamedTuple):
 class RaggedExecutor:
     """Runs a list of stages on batches; the last stage answers for everybody who is left.
 
-    Raises ValueError for an empty list, a first stage that does not start from token ids, or a rule whose thresholds do
-    not fit ``num_exits``, the number of exits that each rule serves.
+    Neighbouring stages with the same rule object share its row state; a stage with another rule starts that rule anew.
+    Raises ValueError for an empty list, or a first stage that does not start from token ids.
     """
 
     def __init__(self, stages: Sequence[Stage], *, impl: str | None = None) -> None:
@@ -64,13 +66,19 @@ class RaggedExecutor:
         last_restart = max(number for number, stage in enumerate(stages) if stage.restart)
         self._keeps_ids = [number < last_restart for number in range(len(stages))]
 
-    def run(self, batch: RaggedBatch) -> ExitRecord:
-        """Run ``batch`` (before its embeddings) to the end. ``sample_ids`` must be 0 ... B - 1 in some order."""
+    def run(self, batch: RaggedBatch, on_decision: Callable[[ExitDecision], None] | None = None) -> ExitRecord:
+        """Run ``batch`` (before its embeddings) to the end. ``sample_ids`` must be 0 ... B - 1 in some order.
+
+        on_decision sees each stage's decision as it is made (calibration's view).
+        """
         rows = batch.rows
         departures: list[tuple[Stage, Tensor, ExitDecision]] = []
+        lessons: list[Lesson] = []
         for number, stage in enumerate(self.stages):
+            if number == 0 or stage.rule is not self.stages[number - 1].rule:
+                batch = _adopt(stage.rule, batch, lessons, keep_thresholds=number == 0)
             if stage.restart:
-                batch = self._start(stage, batch)
+                batch = stage.encoder.embed(batch)
             if not self._keeps_ids[number]:
                 batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
             for layer in stage.layers:
@@ -78,40 +86,73 @@ class RaggedExecutor:
             final = number == len(self.stages) - 1
             batch, decision = self._ask(stage, batch, final)
             departures.append((stage, batch.sample_ids, decision))
+            if lessons and lessons[-1].rule is stage.rule:
+                asked = int(batch.live[0])
+                lessons[-1].note(stage.exit_index, batch.sample_ids[:asked], decision.score[:asked])
+            if on_decision is not None:
+                on_decision(decision)
             left = int(decision.live[0])
             if left == 0:
                 break
             batch = self._shrink(batch, decision, left)
         record = _record(rows, departures)
+        for lesson in lessons:
+            lesson.teach()
         for rule in {id(stage.rule): stage.rule for stage, _, _ in departures}.values():
             rule.finish(torch.arange(rows, device=record.score.device), record.score, record.exit_layer)
         return record
 
-    def _start(self, stage: Stage, batch: RaggedBatch) -> RaggedBatch:
-        state = {name: value for name, value in batch.state.items() if name != "threshold"}
-        state |= stage.rule.initial_state(batch.row_capacity, batch.device)
-        thresholds = batch.state.get("threshold") if stage is self.stages[0] else None
-        if thresholds is None:
-            thresholds = stage.rule.start(batch.sample_ids)
-        if thresholds is not None:
-            state["threshold"] = thresholds.to(device=batch.device, dtype=torch.float32)
-        return stage.encoder.embed(replace(batch, state=state))
-
     def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
         if isinstance(stage.head, MlpHead):
             return batch, exit_step(batch, stage.head, stage.rule, final, exit_index=stage.exit_index, impl=self.impl)
-        batch = replace(
-            batch, state=dict(batch.state)
-        )  # the head may replace entries; the caller's dict stays as it was
-        logits, signal = stage.head(batch)
+        batch = replace(batch, state=dict(batch.state))  # the head may replace entries; the caller's dict stays
+        output = stage.head(batch)
         return batch, exit_decide(
-            batch, logits, stage.rule, final, signal=signal, exit_index=stage.exit_index, impl=self.impl
+            batch, output.logits, stage.rule, final, signal=output.signal, exit_index=stage.exit_index, impl=self.impl
         )
 
     def _shrink(self, batch: RaggedBatch, decision: ExitDecision, left: int) -> RaggedBatch:
         if left == batch.rows:  # nobody left: only the rule's state moves on
             return replace(batch, state={**batch.state, **decision.state})
         return compact(batch, decision, token_bucket(int(decision.live[1])), impl=self.impl)
+
+
+class Lesson:
+    """Collects what an online rule learns from: the rows that it gave thresholds to, and their scores at every exit."""
+
+    def __init__(self, rule: ExitRule, sample_ids: Tensor, thresholds: Tensor) -> None:
+        self.rule = rule
+        self.sample_ids, order = sample_ids.sort()
+        self.thresholds = thresholds[order]
+        self.asked: list[tuple[int, Tensor, Tensor]] = []  # (exit index, places of the rows, their scores)
+
+    def note(self, exit_index: int, sample_ids: Tensor, scores: Tensor) -> None:
+        """These rows were asked at this exit and got these scores f32 ``[rows]``."""
+        self.asked.append((exit_index, torch.searchsorted(self.sample_ids, sample_ids), scores))
+
+    def teach(self) -> None:
+        """Every row has left: tell the rule."""
+        rows, exits = len(self.sample_ids), 1 + max(index for index, _, _ in self.asked)
+        scores = self.thresholds.new_full((rows, exits), math.nan)
+        last = torch.zeros(rows, dtype=torch.int64, device=scores.device)
+        for index, places, score in self.asked:
+            scores[places, index] = score.to(scores.dtype)
+            last[places] = index
+        self.rule.learn(self.thresholds, scores, last)
+
+
+def _adopt(rule: ExitRule, batch: RaggedBatch, lessons: list[Lesson], *, keep_thresholds: bool) -> RaggedBatch:
+    """Give the rows the state that ``rule`` starts with, and its thresholds unless the caller brought some."""
+    state = batch.state | rule.initial_state(batch.row_capacity, batch.device)
+    if not keep_thresholds:
+        state.pop("threshold", None)
+    if "threshold" not in state:
+        thresholds = rule.start(batch.sample_ids)
+        if thresholds is not None:
+            state["threshold"] = thresholds = thresholds.to(device=batch.device, dtype=torch.float32)
+            if rule.learns:
+                lessons.append(Lesson(rule, batch.sample_ids, thresholds))
+    return replace(batch, state=state)
 
 
 def _record(rows: int, departures: list[tuple[Stage, Tensor, ExitDecision]]) -> ExitRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,20 +14,26 @@ POOLINGS = ("cls", "mean")
 
 
 class HeadOutput(NamedTuple):
-    """What a head that is no [CLS] or mean-pooled MLP returns.
+    """What a head returns that runs outside the fused exit step, and every head of a padded reference model.
 
     logits: float ``[Bcap, C]``; signal: what a rule asks for besides (uncertainty f32 ``[Bcap]``, or cosine distances
-    to all prototypes f32 ``[Bcap, C]``), else None. Rows past ``live`` are ignored.
+    to all prototypes f32 ``[Bcap, C]``), else None. features: float ``[Bcap, D]``, the vectors that a training loss
+    needs, else None. Rows past ``live`` are ignored.
     """
 
     logits: Tensor
     signal: Tensor | None = None
+    features: Tensor | None = None
 
 
 class TokenHead(Protocol):
     """Any other head: sees the whole packed batch and may read and replace entries of ``batch.state``."""
 
     def __call__(self, batch: RaggedBatch) -> HeadOutput: ...
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> TokenHead:
+        """A snapshot on ``device`` in ``dtype`` that later training does not touch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class MlpHead:
 
     def to(self, dtype: torch.dtype, device: torch.device) -> MlpHead:
         """A detached, contiguous copy on ``device`` in ``dtype``, without the packed pooler."""
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.detach().to(device=device, dtype=dtype, copy=True).contiguous()
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

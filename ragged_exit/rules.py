@@ -48,13 +48,15 @@ class ExitRule:
     """Base of all rules: immutable dataclasses with a ``threshold`` and a ``compare``.
 
     ``threshold`` is one number for every exit, or a sequence with one number an exit. Thresholds per row are given by
-    ``start``, which sees the rows' ids before the first layer and may return f32 ``[rows]``; ``finish`` sees every
-    row's last score when it has left. Both exist for online rules and do nothing here.
+    ``start``, which sees the rows' ids before the first layer and may return f32 ``[rows]``; ``learn`` and ``finish``
+    see what became of the rows when all have left. The hooks exist for online rules and do nothing here.
     """
 
     threshold: float | Sequence[float]
     compare: str
     needs: ClassVar[str] = ""  # what the head must offer besides logits: "", "uncertainty" or "prototypes"
+    min_labels: ClassVar[int] = 1  # 2 where the score of a single output says nothing
+    learns: ClassVar[bool] = False  # whether to call ``learn``
 
     def __post_init__(self) -> None:
         if self.compare not in COMPARISONS:
@@ -74,6 +76,14 @@ class ExitRule:
         if isinstance(self.threshold, Sequence) and len(self.threshold) != num_exits:
             raise ValueError(f"threshold: expected one number or {num_exits} (one per exit), got {len(self.threshold)}")
 
+    def check_labels(self, num_labels: int) -> None:
+        """Raise ``ValueError`` when the rule can decide nothing from ``num_labels`` outputs."""
+        if num_labels < self.min_labels:
+            raise ValueError(
+                f"rule: {type(self).__name__} needs at least {self.min_labels} classes, the model has {num_labels}; "
+                "a regression takes Patience, or LearnedUncertainty where the model offers it"
+            )
+
     def threshold_at(self, exit_index: int) -> float:
         """The threshold of the ``exit_index``-th exit (0-based)."""
         return float(self.threshold[exit_index] if isinstance(self.threshold, Sequence) else self.threshold)
@@ -85,6 +95,13 @@ class ExitRule:
     def start(self, sample_ids: Tensor) -> Tensor | None:
         """Called once a batch before the first layer; may return thresholds f32 ``[rows]`` for these rows."""
         return None
+
+    def learn(self, thresholds: Tensor, scores: Tensor, exit_index: Tensor) -> None:
+        """Called, where ``learns`` is set, once a batch when every row has left, with the rows in the caller's order.
+
+        thresholds: f32 ``[rows]``, what ``start`` returned for them. scores: f32 ``[rows, exits]``, NaN where a row was
+        not asked. exit_index: int64 ``[rows]``, the last exit (0-based) that a row was asked at.
+        """
 
     def finish(self, sample_ids: Tensor, scores: Tensor, exit_layer: Tensor) -> None:
         """Called once a batch when every row has left, with the score at the exit that answered."""
@@ -106,6 +123,7 @@ class Entropy(ExitRule):
     threshold: float | Sequence[float]
     compare: str = field(default="<", kw_only=True)
     dialect: str = field(default="exact", kw_only=True)
+    min_labels: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +142,7 @@ class MaxProb(ExitRule):
     threshold: float | Sequence[float]
     compare: str = field(default=">", kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
+    min_labels: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +160,7 @@ class Energy(ExitRule):
     threshold: float | Sequence[float]
     compare: str = field(default="<", kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
+    min_labels: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,7 +173,7 @@ class Energy(ExitRule):
 
 @dataclass(frozen=True)
 class LearnedUncertainty(ExitRule):
-    """Exit when BERxiT's learned uncertainty u = sigmoid(w . pooled + b) is below the threshold (certainty is 1 - u)."""
+    """Exit when BERxiT's uncertainty u = sigmoid(w . pooled + b) is below the threshold (certainty is 1 - u)."""
 
     threshold: float | Sequence[float]
     compare: str = field(default="<", kw_only=True)
@@ -212,9 +232,10 @@ class Patience(_Counting):
 
 @dataclass(frozen=True)
 class ConfidentPatience(_Counting):
-    """Exit when ``patience`` consecutive exits had ``categorical`` entropy < ``tolerance`` (PCEE-BERT); 0 never exits."""
+    """Exit when ``patience`` exits in a row had ``categorical`` entropy < ``tolerance`` (PCEE-BERT); 0 never exits."""
 
     score: ClassVar[str] = "confident_patience"
+    min_labels: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -230,6 +251,7 @@ class DistanceEntropy(ExitRule):
     dr_order: str = field(default="prob", kw_only=True)
     compare: str = field(default="<", kw_only=True)
     needs: ClassVar[str] = "prototypes"
+    min_labels: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ragged_exit.encoder import PackedEncoder
-from ragged_exit.executor import Stage
+from ragged_exit.executor import Lesson, Stage
 from ragged_exit.heads import HeadOutput
+from ragged_exit.models.uer import UerConfig, UerModel
 from ragged_exit.ops.reference import exit_decide
 from ragged_exit.outputs import ExitOutput
 from ragged_exit.rules import ExitRule, rule_from_dict
 
 WEIGHTS_FILE = "model.safetensors"
+SYSTEMS: dict[str, type[EarlyExitModel]] = {}  # every system by its name, as config.json has it
 EncoderFactory = Callable[[nn.Module], PackedEncoder]
 
 
@@ -45,10 +47,16 @@ class EarlyExitModel(nn.Module):
     """
 
     system: ClassVar[str]
+    offers: ClassVar[frozenset[str]] = frozenset()  # what its heads can give a rule besides logits, see ExitRule.needs
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "system" in cls.__dict__:
+            SYSTEMS[cls.system] = cls
 
     def __init__(self, config: PretrainedConfig, rule: ExitRule) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.rule = rule
 
     # what a system implements -------------------------------------------------------------------------------------
@@ -64,6 +72,12 @@ class EarlyExitModel(nn.Module):
         """JSON-ready keyword arguments that rebuild this model, besides ``config`` and ``rule``."""
         raise NotImplementedError
 
+    def prepare(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a call in Hugging Face's conventions, where a system's own are accepted too."""
+        return input_ids, attention_mask, token_type_ids
+
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
         """The joint loss of a training step: by default the sum over the exits. Recipes weigh them otherwise."""
         return torch.stack([self.task_loss(point.output.logits, labels) for point in points]).sum()
@@ -73,6 +87,13 @@ class EarlyExitModel(nn.Module):
     def num_exits(self) -> int:
         """How many thresholds the rule takes, one an exit."""
         raise NotImplementedError
+
+    def check_rule(self, rule: ExitRule) -> None:
+        """Raise ValueError when ``rule`` cannot work here: thresholds, classes, or what it needs of the heads."""
+        rule.check(self.num_exits)
+        rule.check_labels(self.config.num_labels)
+        if rule.needs and rule.needs not in self.offers:
+            raise ValueError(f"rule: {type(rule).__name__} needs heads with {rule.needs}; {self.system} has none")
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +111,7 @@ class EarlyExitModel(nn.Module):
         labels: Tensor | None = None,
     ) -> ExitOutput:
         """Padded ``[B, S]`` in. Training mode runs every exit; eval mode answers each row at its own exit."""
+        input_ids, attention_mask, token_type_ids = self.prepare(input_ids, attention_mask, token_type_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         points = self.exit_points(input_ids, attention_mask, token_type_ids)
         if self.training:
@@ -97,8 +119,8 @@ class EarlyExitModel(nn.Module):
             exit_logits = tuple(point.output.logits for point in points)
             return ExitOutput(loss=loss, logits=exit_logits[-1], exit_logits=exit_logits)
         output = answer(points)
-        if labels is not None:
-            output.loss = self.task_loss(output.logits, labels)
+        if labels is not None:  # the loss first, as Hugging Face models return it
+            output = ExitOutput(loss=self.task_loss(output.logits, labels), **output)
         return output
 
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,12 +133,15 @@ class EarlyExitModel(nn.Module):
         """Write ``config.json`` (with the ``early_exit`` section) and ``model.safetensors``."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        section = {"system": self.system, "rule": self.rule.to_dict(), **self.options()}
-        config = self.config.to_dict() | {"early_exit": section, "architectures": [type(self).__name__]}
+        config = self.config.to_dict() | {"early_exit": self.section(), "architectures": [type(self).__name__]}
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # a shared tensor is stored once per name: safetensors refuses aliases
         save_file({name: value.detach().clone().contiguous() for name, value in self.state_dict().items()},
                   path / WEIGHTS_FILE, metadata={"format": "pt"})  # fmt: skip
+
+    def section(self) -> dict[str, Any]:
+        """The ``early_exit`` section of config.json, which ``build`` reads."""
+        return {"system": self.system, "rule": self.rule.to_dict(), **self.options()}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> EarlyExitModel:
@@ -126,12 +151,22 @@ class EarlyExitModel(nn.Module):
         """
         path = Path(directory)
         saved = json.loads((path / "config.json").read_text())
-        section = dict(saved.get("early_exit") or {})
-        if section.pop("system", None) != cls.system:
+        section = saved.get("early_exit") or {}
+        if section.get("system") != cls.system:
             raise ValueError(f'{path}: expected a config.json with early_exit.system = "{cls.system}"')
-        model = cls(config_from_dict(saved), rule=rule_from_dict(section.pop("rule")), **section)
+        model = build(section, saved)
         load_strictly(model, load_file(path / WEIGHTS_FILE), path)
         return model.eval()
+
+
+def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitModel:
+    """A model with random weights from what ``section`` wrote and its backbone's config."""
+    options = dict(section)
+    system = options.pop("system", None)
+    if system not in SYSTEMS:
+        raise ValueError(f"early_exit.system: expected one of {sorted(SYSTEMS)}, got {system!r}")
+    rule = rule_from_dict(options.pop("rule"))
+    return SYSTEMS[system](config_from_dict(saved_config), rule=rule, **options)
 
 
 def answer(points: list[ExitPoint]) -> ExitOutput:
@@ -141,13 +176,21 @@ def answer(points: list[ExitPoint]) -> ExitOutput:
     cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device)  # the plan is not used: any lengths do
     live = torch.tensor([rows, rows], dtype=torch.int32, device=device)
     waiting = torch.ones(rows, dtype=torch.bool, device=device)
-    chosen: dict[str, Tensor] = {}
+    chosen: dict[str, Any] = {}
     state: dict[str, Tensor] = {}
+    samples = torch.arange(rows, device=device)
     rule: ExitRule | None = None
+    thresholds: Tensor | None = None
+    lessons: list[Lesson] = []
     for number, point in enumerate(points):
         if point.rule is not rule:
             rule = point.rule
             state = rule.initial_state(rows, device)
+            thresholds = rule.start(samples[waiting])
+            if thresholds is not None:
+                thresholds = waiting.new_zeros(rows, dtype=torch.float32).masked_scatter(waiting, thresholds.to(device))
+            if rule.learns and thresholds is not None:
+                lessons.append(Lesson(rule, samples[waiting], thresholds[waiting]))
         decided = exit_decide(
             point.output.logits,
             point.output.signal,
@@ -155,11 +198,13 @@ def answer(points: list[ExitPoint]) -> ExitOutput:
             live,
             state.get("counter"),
             state.get("previous"),
-            torch.tensor([rule.threshold_at(point.exit_index)]),
+            torch.tensor([rule.threshold_at(point.exit_index)]) if thresholds is None else thresholds,
             rule.spec,
             number == len(points) - 1,
         )
         state = {"counter": decided.counter, "previous": decided.previous}
+        if lessons and lessons[-1].rule is rule:
+            lessons[-1].note(point.exit_index, samples[waiting], decided.score[waiting])
         here = waiting & decided.exits
         waiting = waiting & ~here
         values = {
@@ -172,6 +217,10 @@ def answer(points: list[ExitPoint]) -> ExitOutput:
         for name, value in values.items():
             mask = here.view(-1, *[1] * (value.ndim - 1))
             chosen[name] = torch.where(mask, value, chosen.get(name, torch.zeros_like(value)))
+    for lesson in lessons:
+        lesson.teach()
+    for asked in {id(point.rule): point.rule for point in points}.values():
+        asked.finish(samples, chosen["score"], chosen["exit_layer"])
     return ExitOutput(**chosen)
 
 
@@ -181,15 +230,19 @@ def config_from_dict(saved: dict[str, Any]) -> PretrainedConfig:
     kind = values.pop("model_type", None)
     if kind is None:
         raise ValueError("config.json: expected a model_type")
+    if kind == UerConfig.model_type:
+        return UerConfig(**values)
     return AutoConfig.for_model(kind, **values)
 
 
 def new_backbone(config: PretrainedConfig) -> nn.Module:
-    """A backbone with random weights and no pooler, for weights to be loaded into."""
+    """An fp32 backbone with random weights and no pooler, for weights to be loaded into."""
+    if isinstance(config, UerConfig):
+        return UerModel(config)
     try:
-        return AutoModel.from_config(config, add_pooling_layer=False)
+        return AutoModel.from_config(config, add_pooling_layer=False, dtype=torch.float32)
     except TypeError:  # architectures without a pooler do not take the argument
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, dtype=torch.float32)
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object) -> None:

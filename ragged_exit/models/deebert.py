@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ragged_exit.executor import Stage
-from ragged_exit.heads import POOLINGS, HeadOutput
-from ragged_exit.models.base import EarlyExitModel, EncoderFactory, ExitPoint, new_backbone
-from ragged_exit.models.highway import Highway, copy_linear
+from ragged_exit.models.base import config_from_dict
+from ragged_exit.models.highway import Highway, copy_linear, own_activation
+from ragged_exit.models.layered import LayeredModel, LayerExit
+from ragged_exit.models.published import BACKBONES, LAYOUTS, PublishedLayout
 from ragged_exit.rules import Entropy, ExitRule
 
 
-class DeeBert(EarlyExitModel):
-    """A backbone, a highway (tanh pooler and classifier) per layer, and the final classifier.
+class HighwayModel(LayeredModel):
+    """A highway (tanh pooler and classifier) at every exit layer, and a final classifier: DeeBERT and BERxiT."""
 
-    pooling: what a head sees, "cls" as published or the "mean" of the tokens. exit_at_last_highway: also test the last
-    layer's highway, which the original never trains, before the final classifier answers (the original's behaviour).
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        rule: ExitRule,
+        *,
+        exit_layers: Sequence[int] | None = None,
+        pooling: str = "cls",
+        backbone: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config, rule, exit_layers=exit_layers, pooling=pooling, backbone=backbone)
+        self.highways = nn.ModuleList(Highway(config) for _ in self.exit_layers)
+        self.final = Highway(config, own_activation(config))
+
+    def start_from(self, pooler: nn.Linear | None, classifier: nn.Linear | None) -> None:
+        for head in (*self.highways, self.final):
+            if pooler is not None:
+                copy_linear(pooler, head.pooler)
+        if classifier is not None:
+            copy_linear(classifier, self.final.classifier)
+
+
+class DeeBert(HighwayModel):
+    """Entropy exits at highways, and the final classifier.
+
+    exit_at_last_highway: also test the last layer's highway, which the original never trains, before the final
+    classifier answers (the original's behaviour).
     """
 
     system: ClassVar[str] = "deebert"
@@ -29,110 +53,49 @@ class DeeBert(EarlyExitModel):
         config: PretrainedConfig,
         rule: ExitRule | None = None,
         *,
+        exit_layers: Sequence[int] | None = None,
         pooling: str = "cls",
         exit_at_last_highway: bool = False,
         backbone: nn.Module | None = None,
     ) -> None:
-        super().__init__(config, Entropy(0.0) if rule is None else rule)
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling: expected one of {POOLINGS}, got {pooling!r}")
-        self.pooling = pooling
+        rule = Entropy(0.0) if rule is None else rule
+        super().__init__(config, rule, exit_layers=exit_layers, pooling=pooling, backbone=backbone)
         self.exit_at_last_highway = exit_at_last_highway
-        self.backbone = new_backbone(config) if backbone is None else backbone
-        self.highways = nn.ModuleList(Highway(config) for _ in range(config.num_hidden_layers))
-        self.final = Highway(config)
-        self.rule.check(self.num_exits)
-
-    @classmethod
-    def from_backbone(
-        cls,
-        source: str | Path | nn.Module,
-        *,
-        num_labels: int | None = None,
-        rule: ExitRule | None = None,
-        pooling: str = "cls",
-    ) -> DeeBert:
-        """Fresh highways on a Hugging Face encoder: a directory, an id, or a loaded ``...Model``.
-
-        A fine-tuned ``...ForSequenceClassification`` keeps its pooler and classifier as the final head; a plain
-        encoder gets fresh ones. Highway poolers start as copies of the encoder's own pooler where it has one.
-        """
-        backbone, pooler, classifier = _read_backbone(source)
-        config = backbone.config
-        if num_labels is not None:
-            if classifier is not None and classifier.out_features != num_labels:
-                raise ValueError(
-                    f"num_labels: the checkpoint's classifier has {classifier.out_features} classes, got {num_labels}"
-                )
-            config.num_labels = num_labels
-        model = cls(config, rule, pooling=pooling, backbone=backbone)
-        for head in (*model.highways, model.final):
-            if pooler is not None:
-                copy_linear(pooler, head.pooler)
-        if classifier is not None:
-            copy_linear(classifier, model.final.classifier)
-        return model.eval()
-
-    @property
-    def num_exits(self) -> int:
-        return len(self.highways)
 
     def options(self) -> dict[str, Any]:
-        return {"pooling": self.pooling, "exit_at_last_highway": self.exit_at_last_highway}
+        return super().options() | {"exit_at_last_highway": self.exit_at_last_highway}
 
-    def _exits(self) -> list[tuple[Highway, int]]:
+    def exits(self) -> list[tuple[Highway, int]]:
         """(head, layers run before it is asked), shallow to deep; the final head is last."""
-        depth = len(self.highways)
-        tested = depth if self.exit_at_last_highway else depth - 1
-        return [(self.highways[index], index + 1) for index in range(tested)] + [(self.final, depth)]
+        tested = self.num_exits if self.exit_at_last_highway else self.num_exits - 1
+        heads: list[tuple[Any, int]] = list(zip(self.highways, self.exit_layers, strict=True))
+        return [*heads[:tested], (self.final, self.exit_layers[-1])]
 
-    def exit_points(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> list[ExitPoint]:
-        hidden = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            output_hidden_states=True,
-        ).hidden_states  # L + 1 of [B, S, H]
+    def layer_exits(self) -> list[LayerExit]:
         return [
-            ExitPoint(HeadOutput(head(hidden[depth], attention_mask, self.pooling)), self.rule, depth - 1, depth, depth)
-            for head, depth in self._exits()
+            LayerExit(head.exit(self.pooling), layer, self.exit_layers.index(layer)) for head, layer in self.exits()
         ]
 
-    def stages(self, encoder: EncoderFactory) -> list[Stage]:
-        packed = encoder(self.backbone)
-        done = 0
-        stages = []
-        for head, depth in self._exits():
-            stages.append(
-                Stage(
-                    encoder=packed,
-                    layers=range(done, depth),
-                    head=head.as_mlp_head(self.pooling),
-                    rule=self.rule,
-                    exit_index=depth - 1,
-                    exit_layer=depth,
-                    executed_layers=depth,
-                    restart=done == 0,
-                )
-            )
-            done = depth
-        return stages
+
+def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> DeeBert:
+    config = config_from_dict(saved)
+    config.num_labels = state["final.classifier.weight"].shape[0]
+    return DeeBert(config, Entropy(-1.0, dialect=dialect), exit_at_last_highway=True)  # -1: the original's "never exit"
 
 
-def _read_backbone(source: str | Path | nn.Module) -> tuple[nn.Module, nn.Linear | None, nn.Linear | None]:
-    """(encoder without pooler, its pooler, its classifier) of a Hugging Face model."""
-    if isinstance(source, nn.Module):
-        whole = source
-    else:
-        architectures = AutoConfig.from_pretrained(source).architectures or [""]
-        fine_tuned = architectures[0].endswith("ForSequenceClassification")
-        factory = AutoModelForSequenceClassification if fine_tuned else AutoModel
-        whole = factory.from_pretrained(source)
-    backbone = getattr(whole, "base_model", whole)
-    classifier = getattr(whole, "classifier", None)
-    pooler = getattr(getattr(backbone, "pooler", None), "dense", None)
-    if classifier is not None and not isinstance(classifier, nn.Linear):  # RoBERTa: dense, tanh, out_proj on <s>
-        pooler, classifier = classifier.dense, classifier.out_proj
-    if hasattr(backbone, "pooler"):
-        backbone.pooler = None
-    return backbone, pooler, classifier
+HIGHWAY_RENAMES = (
+    (rf"{BACKBONES}\.encoder\.highway\.(\d+)\.pooler\.dense\.(.*)", r"highways.\1.pooler.\2"),
+    (rf"{BACKBONES}\.encoder\.highway\.(\d+)\.classifier\.(.*)", r"highways.\1.classifier.\2"),
+    (rf"{BACKBONES}\.pooler\.dense\.(.*)", r"final.pooler.\1"),
+    (r"classifier\.(.*)", r"final.classifier.\1"),
+    (rf"{BACKBONES}\.(.*)", r"backbone.\1"),
+)
+LAYOUTS.append(
+    PublishedLayout(
+        system="deebert",
+        signature=r"encoder\.highway\.\d+\.pooler\.",
+        without=r"lte_classifier\.",
+        renames=HIGHWAY_RENAMES,
+        build=_build,
+    )
+)

@@ -1,49 +1,149 @@
-"""Highway: the small head that most systems attach to a layer, as a trainable module on padded hidden states."""
+"""The head that most systems attach to a layer: pool, tanh pooler, classifier - as modules and as views of modules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ragged_exit.heads import MlpHead
+from ragged_exit.batch import RaggedBatch
+from ragged_exit.encoder import PackedEncoder
+from ragged_exit.heads import HeadOutput, MlpHead
+from ragged_exit.ops.reference.exit import pool_rows
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
+
+
+def own_activation(config: PretrainedConfig) -> str:
+    """What a fine-tuned Hugging Face classifier of this architecture has between its two linears."""
+    return {"electra": "gelu", "distilbert": "relu"}.get(config.model_type, "tanh")
+
+
+def new_dropout(config: PretrainedConfig) -> nn.Dropout:
+    """The dropout in front of a classifier."""
+    for name in ("classifier_dropout", "seq_classif_dropout", "classifier_dropout_prob", "hidden_dropout_prob"):
+        if getattr(config, name, None) is not None:
+            return nn.Dropout(getattr(config, name))
+    return nn.Dropout(0.0)
+
+
+def new_linear(config: Any, outputs: int) -> nn.Linear:
+    """A fresh linear on the hidden states."""
+    linear = nn.Linear(config.hidden_size, outputs)
+    nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class Highway(nn.Module):
-    """Pool, tanh pooler (Linear H -> H), dropout, classifier (Linear H -> C)."""
+    """A head of its own weights: pooler (Linear H -> H), activation, dropout, classifier (Linear H -> C)."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: Any, activation: str = "tanh") -> None:
         super().__init__()
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        for linear in (self.pooler, self.classifier):
-            nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
-            nn.init.zeros_(linear.bias)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+        self.activation = activation
+        self.pooler = new_linear(config, config.hidden_size)
+        self.dropout = new_dropout(config)
+        self.classifier = new_linear(config, config.num_labels)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
         """hidden ``[B, S, H]``, mask ``[B, S]`` -> logits ``[B, C]``."""
-        return self.classifier(self.dropout(torch.tanh(self.pooler(pool(hidden, attention_mask, pooling)))))
+        return self.exit(pooling)(hidden, attention_mask).logits
 
-    def as_mlp_head(self, pooling: str) -> MlpHead:
-        """The same head for the ops, referring to the live weights."""
-        return MlpHead(
+    def exit(self, pooling: str, **extras: Any) -> MlpExit:
+        """This head as an exit, with what a system adds (``uncertainty``, ``prototype``, ``prototypes``)."""
+        return MlpExit(self.classifier, self.pooler, self.dropout, pooling, self.activation, **extras)
+
+
+@dataclass(frozen=True)
+class MlpExit:
+    """A [CLS] or mean-pooled MLP exit, as a view of modules that exits may share.
+
+    classifier: Linear P -> C. pooler: Linear H -> P, then ``activation``. uncertainty: Linear P -> 1, whose sigmoid is
+    the signal (BERxiT). prototype: Linear H -> D on the pooled hidden state; the cosine distances of its output to
+    ``prototypes`` ``[C, D]`` are the signal (DE3-BERT). The output's features are that vector, else the pooled one.
+    """
+
+    classifier: nn.Linear
+    pooler: nn.Linear
+    dropout: nn.Module
+    pooling: str = "cls"
+    activation: str = "tanh"
+    uncertainty: nn.Linear | None = None
+    prototype: nn.Linear | None = None
+    prototypes: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, attention_mask: Tensor) -> HeadOutput:
+        """hidden ``[B, S, H]``, mask ``[B, S]`` -> logits ``[B, C]``, signal ``[B]`` or ``[B, C]``, features."""
+        seen = pool(hidden, attention_mask, self.pooling)  # [B, H]
+        features = self.dropout(_ACTIVATIONS[self.activation](self.pooler(seen)))  # [B, P]
+        logits = self.classifier(features)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if self.uncertainty is not None:
+            return HeadOutput(logits, torch.sigmoid(self.uncertainty(features)[:, 0].to(wide)), features)
+        if self.prototype is not None and self.prototypes is not None:
+            features = self.prototype(seen)  # [B, D]
+            return HeadOutput(logits, cosine_distances(features.to(wide), self.prototypes.to(wide)), features)
+        return HeadOutput(logits, features=features)
+
+    def packed(self, encoder: PackedEncoder) -> MlpHead | ActivatedHead:
+        """The same exit for the executor, referring to the live weights."""
+        uncertainty, prototype = self.uncertainty, self.prototype
+        head = MlpHead(
             classifier_weight=self.classifier.weight,
             classifier_bias=self.classifier.bias,
             pooler_weight=self.pooler.weight,
             pooler_bias=self.pooler.bias,
-            pooling=pooling,
+            uncertainty_weight=None if uncertainty is None else uncertainty.weight[0],
+            uncertainty_bias=None if uncertainty is None else uncertainty.bias,
+            prototype_weight=None if prototype is None else prototype.weight,
+            prototype_bias=None if prototype is None else prototype.bias,
+            prototypes=self.prototypes,
+            pooling=self.pooling,
         )
+        return head if self.activation == "tanh" else ActivatedHead(head, self.activation)
+
+
+@dataclass(frozen=True)
+class ActivatedHead:
+    """An ``MlpHead`` with another activation than tanh, outside the fused step (ELECTRA's and DistilBERT's own)."""
+
+    mlp: MlpHead
+    activation: str
+
+    def __call__(self, batch: RaggedBatch) -> HeadOutput:
+        assert batch.hidden is not None and self.mlp.pooler_weight is not None
+        seen = pool_rows(batch.hidden, batch.cu_seqlens, self.mlp.pooling)  # [Bcap, H]
+        pooled = _ACTIVATIONS[self.activation](F.linear(seen, self.mlp.pooler_weight, self.mlp.pooler_bias))
+        signal = None
+        if self.mlp.uncertainty_weight is not None:
+            wide = torch.promote_types(pooled.dtype, torch.float32)
+            dots = F.linear(pooled, self.mlp.uncertainty_weight[None], self.mlp.uncertainty_bias)[:, 0]
+            signal = torch.sigmoid(dots.to(wide))
+        return HeadOutput(F.linear(pooled, self.mlp.classifier_weight, self.mlp.classifier_bias), signal)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> ActivatedHead:
+        return replace(self, mlp=self.mlp.to(dtype, device))
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """[CLS] (the first token that the mask keeps) or the mean of the kept tokens: ``[B, S, H]`` -> ``[B, H]``."""
     if pooling == "cls":
-        first = attention_mask.argmax(1)
+        first = attention_mask.int().argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), first]
     weights = attention_mask.to(hidden.dtype)[:, :, None]
     return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def cosine_distances(vectors: Tensor, prototypes: Tensor) -> Tensor:
+    """1 - cos of ``[B, D]`` and ``[C, D]`` -> ``[B, C]``, >= 0, 1 for a zero vector; differentiable there too."""
+    return (1 - F.cosine_similarity(vectors[:, None], prototypes[None], dim=2)).clamp_min(0)
 
 
 def copy_linear(source: nn.Linear, target: nn.Linear) -> None:

@@ -3,6 +3,7 @@
 from ragged_exit.ops.attention import varlen_attention
 from ragged_exit.ops.compact import compact
 from ragged_exit.ops.dispatch import resolve_impl
+from ragged_exit.ops.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.exit_decide import exit_decide
 from ragged_exit.ops.exit_step import ExitDecision, exit_step
 from ragged_exit.ops.layer_norm import add_layer_norm
@@ -11,6 +12,7 @@ __all__ = [
     "ExitDecision",
     "add_layer_norm",
     "compact",
+    "embed_layer_norm",
     "exit_decide",
     "exit_step",
     "resolve_impl",

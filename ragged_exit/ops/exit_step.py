@@ -188,8 +188,9 @@ def fake_exit(like: Tensor, cu_seqlens: Tensor, classes: int, counts: bool) -> E
 
 def decision(outputs: tuple[Tensor, ...], counts: bool) -> ExitDecision:
     """The named result of a registered exit op."""
-    *plan, counter, previous = outputs
-    return ExitDecision(*plan, state={"counter": counter, "previous": previous} if counts else {})
+    found = ExitTensors(*outputs)
+    state = {"counter": found.counter, "previous": found.previous} if counts else {}
+    return ExitDecision(*found[:6], state)
 
 
 def row_threshold(batch: RaggedBatch, rule: ExitRule, exit_index: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from ragged_exit.ops.reference.attention import varlen_attention
 from ragged_exit.ops.reference.compact import compact
+from ragged_exit.ops.reference.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.reference.exit import exit_decide, exit_step
 from ragged_exit.ops.reference.layer_norm import add_layer_norm
 
-__all__ = ["add_layer_norm", "compact", "exit_decide", "exit_step", "varlen_attention"]
+__all__ = ["add_layer_norm", "compact", "embed_layer_norm", "exit_decide", "exit_step", "varlen_attention"]

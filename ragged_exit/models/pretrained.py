@@ -1,0 +1,76 @@
+"""Starting points: the encoder, pooler and classifier inside a Hugging Face model, and encoders cut to some depth."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from ragged_exit.models.base import new_backbone
+
+
+class Found(NamedTuple):
+    """backbone: the encoder without its pooler. pooler, classifier: the two linears of its head, where it has them."""
+
+    backbone: Any
+    pooler: nn.Linear | None
+    classifier: nn.Linear | None
+
+
+def read_backbone(source: str | Path | nn.Module) -> Found:
+    """Take apart a directory, an id, or a loaded Hugging Face model.
+
+    Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
+    and classifier (DistilBERT).
+    """
+    if isinstance(source, nn.Module):
+        whole = source
+    else:
+        architectures = AutoConfig.from_pretrained(source).architectures or [""]
+        fine_tuned = architectures[0].endswith("ForSequenceClassification")
+        factory = AutoModelForSequenceClassification if fine_tuned else AutoModel
+        whole = factory.from_pretrained(source, dtype=torch.float32)  # whatever the file holds: the heads are fp32
+    backbone = getattr(whole, "base_model", whole)
+    classifier = getattr(whole, "classifier", None)
+    pooler: Any = getattr(backbone, "pooler", None)
+    pooler = getattr(pooler, "dense", pooler)  # ALBERT's is the linear itself
+    if hasattr(whole, "pre_classifier"):
+        pooler = whole.pre_classifier
+    if classifier is not None and not isinstance(classifier, nn.Linear):
+        pooler, classifier = classifier.dense, classifier.out_proj
+    if hasattr(backbone, "pooler"):
+        backbone.pooler = None
+    return Found(backbone, pooler, classifier)
+
+
+def set_labels(found: Found, num_labels: int | None) -> None:
+    """Set the config's ``num_labels``. Raises ValueError when a fine-tuned classifier has another number."""
+    if num_labels is None:
+        return
+    if found.classifier is not None and found.classifier.out_features != num_labels:
+        raise ValueError(
+            f"num_labels: the checkpoint's classifier has {found.classifier.out_features} classes, got {num_labels}"
+        )
+    found.backbone.config.num_labels = num_labels
+
+
+def first_layers(backbone: Any, count: int) -> Any:
+    """A copy of ``backbone`` that ends after ``count`` layers."""
+    config = copy.deepcopy(backbone.config)
+    depth = config.num_hidden_layers
+    if not 1 <= count <= depth:
+        raise ValueError(f"k: expected 1 to {depth} layers, got {count}")
+    config.num_hidden_layers = count
+    groups = getattr(config, "num_hidden_groups", 1)  # ALBERT spreads its layers evenly over groups of weights
+    if groups > 1:
+        if count * groups % depth:
+            raise ValueError(f"k: expected whole groups of {depth // groups} layers, got {count}")
+        config.num_hidden_groups = count * groups // depth
+    shallow = new_backbone(config)
+    weights = backbone.state_dict()
+    shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()})
+    return shallow.to(next(backbone.parameters()).dtype).eval()

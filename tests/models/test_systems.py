@@ -1,0 +1,189 @@
+"""What every system shares: saving, training, fine-tuned starting points, truncation, and rules that cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from system_cases import CASES, Case, batch_of, config_of, randomised
+from tiny import random_rows
+from transformers import (
+    AlbertForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertForSequenceClassification,
+    ElectraForSequenceClassification,
+    RobertaForSequenceClassification,
+)
+
+import ragged_exit as rx
+from ragged_exit.models.de3bert import PrototypeHighway
+from ragged_exit.models.highway import cosine_distances
+
+FINE_TUNED = {
+    "albert": AlbertForSequenceClassification,
+    "bert": BertForSequenceClassification,
+    "distilbert": DistilBertForSequenceClassification,
+    "electra": ElectraForSequenceClassification,
+    "roberta": RobertaForSequenceClassification,
+}
+SYSTEMS = (rx.Berxit, rx.De3Bert, rx.DeeBert, rx.ElasticBert, rx.FastBert, rx.FullDepth, rx.Pabee)
+all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@all_cases
+def test_save_and_load_keep_everything(case: Case, tmp_path: Path) -> None:
+    kind = case.backbones[-1]
+    model = case.build(kind, seed=3, exit_layers=[1, 3, 4])
+    model.save_pretrained(tmp_path)
+    loaded = rx.load(tmp_path)
+    assert type(loaded) is type(model) and loaded.rule == model.rule and loaded.options() == model.options()
+    ids, mask = batch_of(random_rows(5), kind)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
+
+
+@all_cases
+def test_training_reaches_every_parameter_that_answers(case: Case) -> None:
+    model = case.build(case.backbones[0], seed=3).train()
+    ids, mask = batch_of(random_rows(6, longest=8), case.backbones[0])
+    labels = torch.linspace(-1, 1, 6) if case.labels == 1 else torch.arange(6) % case.labels
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    output = model(ids, mask, labels=labels)
+    output.loss.backward()
+    silent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    unused = r"highways.3." if case.name.startswith(("berxit", "deebert_mean")) else "never"  # the last highway
+    assert all(name.startswith(unused) for name in silent), silent
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert len(output.exit_logits) == len(model.exit_points(ids, mask, None))
+    moved = {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.endswith(".prototypes")}
+
+
+def test_prototypes_move_towards_the_centroid_of_their_class() -> None:
+    highway = PrototypeHighway(config_of("bert"))
+    features, labels = torch.randn(5, 32), torch.tensor([0, 2, 0, 2, 2])
+    highway.move(features, labels, 0.25)
+    first = highway.prototypes.clone()
+    torch.testing.assert_close(first[0], 0.25 * (features[0] + features[2]) / 2)
+    assert not first[1].any()
+    highway.move(features, labels, 0.25)
+    torch.testing.assert_close(highway.prototypes[2], 0.75 * first[2] + 0.25 * features[[1, 3, 4]].mean(0))
+
+
+def test_distances_to_a_zero_prototype_are_one_and_have_gradients() -> None:
+    vectors = torch.randn(3, 8, requires_grad=True)
+    distances = cosine_distances(vectors, torch.stack((torch.zeros(8), torch.ones(8))))
+    assert distances[:, 0].tolist() == [1.0] * 3
+    distances.sum().backward()
+    assert vectors.grad is not None and vectors.grad.isfinite().all()
+
+
+def test_losses_are_the_papers() -> None:
+    ids, mask = batch_of(random_rows(6), "bert")
+    labels = torch.arange(6) % 3
+    pabee = randomised(rx.Pabee(config_of("bert"), exit_layers=[1, 4]))
+    points = pabee.exit_points(ids, mask, None)
+    one, four = (F.cross_entropy(point.output.logits, labels) for point in points)
+    torch.testing.assert_close(pabee.training_loss(points, labels), (one + 4 * four) / 5)
+    berxit = randomised(rx.Berxit(config_of("bert")))
+    points = berxit.exit_points(ids, mask, None)
+    wrong = torch.stack([(point.output.logits.argmax(1) != labels).float() for point in points])
+    guesses = torch.stack([point.output.signal for point in points])
+    torch.testing.assert_close(berxit.uncertainty_loss(points, labels), (guesses - wrong).square().mean())
+    fastbert = randomised(rx.FastBert(config_of("bert")))
+    *students, teacher = (point.output.logits for point in fastbert.exit_points(ids, mask, None))
+    divergence = sum(
+        (teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1).mean() for student in students
+    )
+    expected = F.cross_entropy(teacher, labels) + divergence
+    torch.testing.assert_close(fastbert.training_loss(fastbert.exit_points(ids, mask, None), labels), expected)
+
+
+@pytest.mark.parametrize("kind", FINE_TUNED)
+@pytest.mark.parametrize("system", [rx.DeeBert, rx.FullDepth])
+def test_a_fine_tuned_model_answers_at_the_last_layer(kind: str, system: Any, tmp_path: Path) -> None:
+    """Whatever the architecture's own head is: pooler and tanh, dense and gelu (ELECTRA), pre_classifier and relu."""
+    theirs = randomised(FINE_TUNED[kind](config_of(kind)))
+    theirs.save_pretrained(tmp_path)
+    model = system.from_backbone(tmp_path)
+    ids, mask = batch_of(random_rows(6), kind)
+    with torch.no_grad():
+        expected = theirs(ids, mask).logits
+        torch.testing.assert_close(model(ids, mask).logits, expected, rtol=0, atol=2e-5)
+    fast = rx.accelerate(model, impl="reference")
+    torch.testing.assert_close(fast(ids, mask).logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_from_backbone_takes_a_plain_encoder(system: Any) -> None:
+    backbone = randomised(BertModel(config_of("bert")))
+    model = system.from_backbone(backbone, num_labels=2)
+    ids, mask = batch_of(random_rows(3), "bert")
+    assert model(ids, mask).logits.shape == (3, 2) and not model.training
+
+
+@pytest.mark.parametrize("system", [rx.DeeBert, rx.Berxit, rx.De3Bert, rx.ElasticBert, rx.Pabee])
+def test_a_truncated_model_answers_as_the_exit_at_that_layer(system: Any) -> None:
+    model = randomised(system(config_of("bert"), exit_layers=[2, 3, 4]))
+    ids, mask = batch_of(random_rows(6), "bert")
+    with torch.no_grad():
+        points = model.exit_points(ids, mask, None)
+        for layer, point in zip((2, 3), points[:2], strict=True):
+            short = rx.truncated(model, layer)
+            output = short(ids, mask)
+            assert torch.equal(output.logits, point.output.logits)
+            assert output.exit_layer.tolist() == [layer] * 6 and short.config.num_hidden_layers == layer
+    with pytest.raises(ValueError, match=r"k: expected a layer of .* with a pooled MLP exit, got 1"):
+        rx.truncated(model, 1)
+    assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("kind", FINE_TUNED)
+def test_a_truncated_backbone_keeps_its_first_layers_and_its_head(kind: str) -> None:
+    theirs = randomised(FINE_TUNED[kind](config_of(kind)))
+    short = rx.truncated(theirs, 2)
+    ids, mask = batch_of(random_rows(4), kind)
+    with torch.no_grad():
+        hidden = theirs.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2]
+        expected = short.final(hidden, mask, "cls")
+        torch.testing.assert_close(short(ids, mask).logits, expected, rtol=0, atol=2e-5)
+        assert theirs(ids, mask).logits.shape == (4, 3)  # the source is as it was
+    with pytest.raises(ValueError, match="k: expected 1 to 4 layers, got 5"):
+        rx.truncated(theirs, 5)
+    if kind == "albert":
+        with pytest.raises(ValueError, match="k: expected whole groups of 2 layers, got 3"):
+            rx.truncated(theirs, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rx.DeeBert(config_of("bert", num_labels=1)), "Entropy needs at least 2 classes"),
+        (lambda: rx.De3Bert(config_of("bert", num_labels=1)), "DistanceEntropy needs at least 2 classes"),
+        (lambda: rx.ElasticBert(config_of("bert", num_labels=1), rx.MaxProb(0.9)), "MaxProb needs at least 2 classes"),
+        (lambda: rx.Pabee(config_of("bert", num_labels=1), rx.ConfidentPatience(2, 0.1)), "ConfidentPatience needs"),
+        (lambda: rx.Pabee(config_of("bert"), rx.LearnedUncertainty(0.1)), "uncertainty; pabee has none"),
+        (lambda: rx.DeeBert(config_of("bert"), rx.DistanceEntropy(0.1)), "prototypes; deebert has none"),
+        (
+            lambda: rx.accelerate(rx.Berxit(config_of("bert", num_labels=1)), rule=rx.Entropy(0.1)),
+            "Entropy needs at least 2 classes",
+        ),
+        (lambda: rx.CascadeBert.from_members([]), "at least one single model"),
+        (lambda: rx.CascadeBert.from_members([_plain()], rx.Patience(1)), "Patience has nothing to build on"),
+        (lambda: rx.CascadeBert.from_members([_plain(), _plain(num_labels=2)]), "one num_labels, got 3 .* and 2"),
+        (lambda: rx.CascadeBert.from_members([_plain(), _plain(vocab_size=50)]), "one vocab_size"),
+        (lambda: rx.CascadeBert.from_members([_plain(), _plain(max_position_embeddings=8)]), "24 positions, got 8"),
+        (lambda: rx.FullDepth(config_of("bert"), activation="sine"), "activation"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def _plain(**changes: Any) -> rx.FullDepth:
+    return rx.FullDepth(config_of("bert", **changes))

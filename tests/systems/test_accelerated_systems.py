@@ -1,0 +1,141 @@
+"""Every system accelerated, as one ragged batch, answers as its plain model does row by row."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from system_cases import BY_THRESHOLD, CASES, LAYERS, Case, Reference, batch_of
+from tiny import impls, random_rows
+from torch import Tensor
+
+import ragged_exit as rx
+from ragged_exit.outputs import ExitOutput
+
+MARGIN = 1e-5  # on what decides
+TOLERANCE = 2e-5  # on logits and scores in fp32
+NAMES = [case.name for case in CASES]
+
+exit_subsets = st.one_of(
+    st.none(),
+    st.sets(st.integers(1, LAYERS - 1)).map(lambda layers: [*sorted(layers), LAYERS]),
+)
+
+
+def assert_same(output: ExitOutput, found: Reference, tolerance: float = TOLERANCE) -> None:
+    for name in ("exit_layer", "exit_member", "executed_layers"):
+        assert torch.equal(getattr(output, name), found.gather(name)), name
+    for name in ("logits", "score"):
+        torch.testing.assert_close(getattr(output, name), found.gather(name), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@settings(max_examples=8)
+@given(
+    data=st.data(),
+    seed=st.integers(0, 10_000),
+    exit_layers=exit_subsets,
+    count=st.integers(1, 8),
+    share=st.sampled_from((0.1, 0.4, 0.7)),
+)
+def test_accelerated_equals_the_reference_row_by_row(
+    case: Case, impl: str, data: st.DataObject, seed: int, exit_layers: list[int] | None, count: int, share: float
+) -> None:
+    kind = data.draw(st.sampled_from(case.backbones))
+    model = case.build(kind, seed, exit_layers)
+    rows = random_rows(count, seed, longest=12)
+    found = Reference(model, rows)
+    model.rule = found.quiet(share)
+    found.use(model.rule)
+    assume(found.closest_tie() > MARGIN)
+    ids, mask = batch_of(rows, kind)
+    assert_same(rx.accelerate(model, impl=impl)(ids, mask), found)
+    with torch.no_grad():
+        assert_same(model(ids, mask), found)  # the padded reference as one batch
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_rows_leave_at_several_exits(case: Case) -> None:
+    """The property above is not about models in which everybody leaves at once."""
+    model = case.build(case.backbones[0], seed=1)
+    rows = random_rows(24, seed=1, longest=12)
+    found = Reference(model, rows)
+    found.use(found.quiet(0.4))
+    executed = found.gather("executed_layers")
+    assert executed.unique().numel() > 1, executed.tolist()
+
+
+@pytest.mark.parametrize("case", BY_THRESHOLD, ids=lambda case: case.name)
+def test_thresholds_per_exit_count_exits_and_layers_are_reported(case: Case) -> None:
+    model = case.build(case.backbones[0], 0, [2, LAYERS])
+    always, never = (1e9, -1e9) if case.rule.compare.startswith("<") else (-1e9, 1e9)
+    ids, mask = batch_of(random_rows(3, longest=8), case.backbones[0])
+    layers = {True: 2, False: LAYERS}
+    for leaves in (True, False):
+        fast = rx.accelerate(model, threshold=[always if leaves else never, never], impl="reference")
+        assert fast(ids, mask).exit_layer.tolist() == [layers[leaves]] * 3
+    with pytest.raises(ValueError, match=r"threshold: expected one number or 2 \(one per exit\), got 4"):
+        rx.accelerate(model, threshold=[0.1] * 4)
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("case", BY_THRESHOLD, ids=lambda case: case.name)
+def test_bf16_errs_no_more_than_plain_bf16_does(case: Case, impl: str) -> None:
+    """Every exit's logits, from runs that stop there: the error to fp64 is within twice that of the bf16 reference."""
+    kind = case.backbones[0]
+    model = case.build(kind, seed=2)
+    ids, mask = batch_of(random_rows(12, seed=2, longest=12), kind)
+    exact = _all_logits(case.build(kind, seed=2).double(), ids, mask)
+    plain = _all_logits(model.to(torch.bfloat16), ids, mask)
+    always, never = (1e9, -1e9) if case.rule.compare.startswith("<") else (-1e9, 1e9)
+    for index in range(model.num_exits):
+        thresholds = [never] * model.num_exits
+        thresholds[index] = always
+        logits = rx.accelerate(model, threshold=thresholds, impl=impl)(ids, mask).logits
+        place = min(index, len(exact) - 1)  # deebert's last highway is asked before its final classifier
+        budget = 2 * (plain[place] - exact[place]).square().mean().sqrt() + 1e-3
+        assert (logits - exact[place]).square().mean().sqrt() <= budget, index
+
+
+def _all_logits(model: rx.EarlyExitModel, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [point.output.logits.double() for point in model.exit_points(ids, mask, None)]
+
+
+INTERPRETED = """
+import torch
+from system_cases import CASES, Reference, batch_of
+from test_accelerated_systems import assert_same
+from tiny import random_rows
+import ragged_exit as rx
+
+for name in ("de3bert", "fastbert", "pabee"):
+    case = next(case for case in CASES if case.name == name)
+    kind = case.backbones[0]
+    model = case.build(kind, 3, [2, 4])
+    rows = random_rows(3, 3, longest=5)
+    found = Reference(model, rows)
+    found.use(found.quiet(0.5))
+    ids, mask = batch_of(rows, kind)
+    assert_same(rx.accelerate(model, rule=found.rule, impl="triton")(ids, mask), found, 5e-5)
+    print(name, "agrees")
+"""
+
+
+def test_the_interpreted_triton_kernels_agree() -> None:
+    """In a process of its own: the interpreter is chosen before triton is imported."""
+    pytest.importorskip("triton")
+    pytest.importorskip("ragged_exit.ops.triton")
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), *sys.path]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agrees") == 3

@@ -1,0 +1,168 @@
+"""What the original systems answered, answered again from their own weights: one batch, plain and accelerated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import impls
+from torch import Tensor
+
+import ragged_exit as rx
+
+MARGIN = 1e-5  # |score - threshold| (patience: of what it counts) where a decision may fall either way
+TOLERANCE = 3e-5  # |logit - the original's|
+CONDITION = 4  # ... or so many times what the original's own fp32 is away from float64
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """A file, the class it loads as, its config.json, and the rule of one of its runs."""
+
+    name: str
+    system: type[rx.EarlyExitModel]
+    rule: Callable[[dict[str, Any]], rx.ExitRule]
+    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda file: file["config_kwargs"] | {"model_type": "bert"}
+
+
+def _berxit(run: dict[str, Any]) -> rx.ExitRule:
+    return rx.LearnedUncertainty(run["lte_th"]) if run["rule"] == "lte" else rx.Entropy(run["threshold"], dialect="hf")
+
+
+def _pabee(run: dict[str, Any]) -> rx.ExitRule:
+    return rx.Patience(run["patience"], tolerance=float(run["regression_threshold"]))
+
+
+FIXTURES = [
+    Fixture("berxit_c3", rx.Berxit, _berxit),
+    Fixture("cascade_c3", rx.CascadeBert, lambda run: rx.MaxProb(run["threshold"])),
+    Fixture(
+        "elastic-entropy_c3",
+        rx.ElasticBert,
+        lambda run: rx.Entropy(run["value"], dialect="hf"),
+        lambda file: file["config_kwargs"] | {"model_type": "elasticbert"},
+    ),
+    Fixture("elastic-patience_c3", rx.ElasticBert, lambda run: rx.Patience(run["value"])),
+    Fixture(
+        "fastbert_c3",
+        rx.FastBert,
+        lambda run: rx.Entropy(run["speed"], dialect="categorical", compare="<="),
+        lambda file: file["uer_args"],
+    ),
+    Fixture("pabee_hf_bert_c1", rx.Pabee, _pabee),
+    Fixture("pabee_hf_bert_c3", rx.Pabee, _pabee),
+]
+
+
+@pytest.fixture(params=FIXTURES, ids=lambda fixture: fixture.name)
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    return request.param
+
+
+@pytest.fixture
+def file(fixture: Fixture, shared: Path) -> dict[str, Any]:
+    path = shared / "fixtures" / f"{fixture.name}.pt"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in RAGGED_EXIT_SHARED/fixtures")
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def model(fixture: Fixture, file: dict[str, Any], tmp_path: Path) -> rx.EarlyExitModel:
+    (tmp_path / "config.json").write_text(json.dumps(fixture.config(file)))
+    torch.save(file["state_dict"], tmp_path / "pytorch_model.bin")
+    loaded = rx.load(tmp_path)  # strict
+    assert type(loaded) is fixture.system
+    return loaded
+
+
+def inputs(file: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: file[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def conditioned_tolerance(model: rx.EarlyExitModel, file: dict[str, Any]) -> float:
+    """3e-5, or 4 times the original's own fp32 error where its random weights amplify more (FastBERT's do)."""
+    original = file["all_layer_logits"] if "all_layer_logits" in file else file.get("full", {}).get("logits")
+    if original is None:
+        return TOLERANCE
+    with torch.no_grad():
+        points = model.double().exit_points(**inputs(file))
+    model.float()
+    exact = torch.stack([point.output.logits for point in points], 1)  # [B, L, C]
+    return max(TOLERANCE, CONDITION * float((original - exact).abs().max()))
+
+
+def near_ties(model: rx.EarlyExitModel, file: dict[str, Any], rule: rx.ExitRule) -> Tensor:
+    """bool ``[B]``: rows that some exit could decide either way. A tie taints the row, whatever the layer."""
+    model.rule = rule
+    with torch.no_grad():
+        points = model.exit_points(**inputs(file))
+    logits = torch.stack([point.output.logits.double() for point in points], 1)  # [B, exits, C]
+    if isinstance(rule, rx.Patience):
+        if logits.shape[2] == 1:
+            gaps = ((logits.diff(dim=1)[..., 0]).abs() - rule.tolerance).abs()
+        else:
+            gaps = -logits.topk(2).values.diff()[..., 0]
+        return (gaps <= MARGIN).any(1)
+    if isinstance(rule, rx.LearnedUncertainty):
+        scores = torch.stack([point.output.signal for point in points], 1).double()
+    elif isinstance(rule, rx.MaxProb):
+        scores = logits.softmax(-1).amax(-1)
+    else:
+        scores = torch.special.entr(logits.softmax(-1)).sum(-1)
+        if rule.dialect == "categorical":
+            scores = scores / torch.log(torch.tensor(logits.shape[2]))
+    thresholds = torch.tensor([rule.threshold_at(point.exit_index) for point in points])
+    return ((scores - thresholds).abs()[:, :-1] <= MARGIN).any(1)
+
+
+@pytest.mark.parametrize("impl", ["model", *impls()])
+def test_every_run_of_the_original_is_answered_the_same(
+    fixture: Fixture, file: dict[str, Any], model: rx.EarlyExitModel, impl: str, record_property: Any
+) -> None:
+    tolerance = conditioned_tolerance(model, file)
+    ties = rows = 0
+    worst = 0.0
+    for run in file["runs"]:
+        rule = fixture.rule(run)
+        tie = near_ties(model, file, rule)
+        if impl == "model":
+            with torch.no_grad():
+                output = model(**inputs(file))
+        else:
+            output = rx.accelerate(model, rule=rule, impl=impl)(**inputs(file))
+        got = output.exit_member if "paths" in run else output.exit_layer
+        expected = run["paths"].argmax(1) + 1 if "paths" in run else run["exit_layer"]
+        assert torch.equal(got[~tie], expected[~tie]), rule
+        same = got == expected
+        torch.testing.assert_close(output.logits[same], run["logits"][same], rtol=0, atol=tolerance)
+        worst = max(worst, float((output.logits - run["logits"])[same].abs().max()))
+        ties, rows = ties + int(tie.sum()), rows + len(tie)
+    record_property("largest logit error", worst)
+    print(f"{rows} rows, {ties} inside the margin, largest |logit - original| {worst:.1e}, allowed {tolerance:.1e}")
+    assert ties <= 0.01 * rows
+
+
+@pytest.mark.parametrize("impl", ["model", *impls()])
+def test_uer_segments_may_stand_for_the_mask(shared: Path, tmp_path: Path, impl: str) -> None:
+    """FastBERT's own input, 0 padding, 1 first, 2 second, with or without a mask, is the Hugging Face call."""
+    path = shared / "fixtures" / "fastbert_c3.pt"
+    if not path.is_file():
+        pytest.skip("fastbert_c3.pt is not in RAGGED_EXIT_SHARED/fixtures")
+    file = torch.load(path, weights_only=True)
+    (tmp_path / "config.json").write_text(json.dumps(file["uer_args"]))
+    torch.save(file["state_dict"], tmp_path / "pytorch_model.bin")
+    model = rx.load(tmp_path)
+    model.rule = rx.Entropy(0.2, dialect="categorical", compare="<=")
+    callee = model if impl == "model" else rx.accelerate(model, impl=impl)
+    with torch.no_grad():
+        expected = callee(**inputs(file))
+        for mask in (None, file["attention_mask"]):
+            output = callee(file["input_ids"], attention_mask=mask, token_type_ids=file["seg"])
+            assert torch.equal(output.logits, expected.logits)
+            assert torch.equal(output.exit_layer, expected.exit_layer)

@@ -1,0 +1,385 @@
+"""PackedEncoder gives Hugging Face's hidden states, layer by layer, for every mask; its linears do what linears do.
+
+fp32 states are of the order of 1 and sum some hundred products a layer: 2e-5 is about 20 x what plain fp32 loses.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import (
+    LONGEST,
+    VOCAB,
+    bert_config,
+    impls,
+    one_thread,  # noqa: F401
+    packed_encoder,
+    padded,
+    random_rows,
+    roberta_config,
+    tiny_backbone,
+)
+from torch import Tensor, nn
+
+from ragged_exit import linears
+from ragged_exit.backbones import backbone_weights
+from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.encoder import PackedEncoder
+from ragged_exit.linears import PackedLinear, check_activation, prepacking_available
+
+CLOSE = {"rtol": 0, "atol": 2e-5}
+MASKS = ("none", "right", "left", "holes")
+
+
+def masked_inputs(mask: str, fill: int = 0) -> tuple[Tensor, Tensor | None]:
+    ids, attention_mask = padded(random_rows(9, seed=2), side="left" if mask == "left" else "right", fill=fill)
+    if mask == "none":
+        return torch.randint(4, VOCAB, (5, 11)), None
+    if mask == "holes":
+        keep = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+        keep[torch.arange(9), torch.arange(9) % ids.shape[1]] = True  # a token a row, in another column each
+        assert keep.diff(dim=1).sum(1).max() > 2
+        return torch.randint(4, VOCAB, ids.shape), keep.long()
+    return ids, attention_mask
+
+
+def layer_states(encoder: PackedEncoder, batch: RaggedBatch) -> list[Tensor]:
+    """After the embeddings and every layer: the live tokens ``[T, H]``."""
+    batch = encoder.embed(batch)
+    states = [batch]
+    for index in range(encoder.num_layers):
+        states.append(encoder.layer(index, states[-1]))
+    assert all(state.hidden.shape[0] == token_bucket(batch.tokens) for state in states)
+    return [state.hidden[: batch.tokens] for state in states]
+
+
+@torch.no_grad()
+def expected_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None, types: Tensor | None = None) -> list[Tensor]:
+    hidden = backbone(input_ids=ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True).hidden_states
+    keep = torch.ones_like(ids) if mask is None else mask
+    return [state[keep.bool()] for state in hidden]
+
+
+def assert_states(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected) == 5
+    for number, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        torch.testing.assert_close(ours, theirs, **CLOSE, msg=lambda text, n=number: f"layer {n}: {text}")
+
+
+# against Hugging Face -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("mask", MASKS)
+def test_bert_states_are_hugging_faces(mask: str, impl: str) -> None:
+    backbone = tiny_backbone(bert_config())
+    ids, attention_mask = masked_inputs(mask)
+    types = torch.randint(0, 2, ids.shape)
+    encoder = packed_encoder(backbone, impl)
+    assert_states(
+        layer_states(encoder, encoder.pack(ids, attention_mask, types)),
+        expected_states(backbone, ids, attention_mask, types),
+    )
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("mask", ["none", "right", "left"])
+def test_roberta_states_are_hugging_faces(mask: str, impl: str) -> None:
+    backbone = tiny_backbone(roberta_config())
+    ids, attention_mask = masked_inputs(mask, fill=1)
+    encoder = packed_encoder(backbone, impl)
+    assert_states(
+        layer_states(encoder, encoder.pack(ids, attention_mask)), expected_states(backbone, ids, attention_mask)
+    )
+
+
+def test_roberta_positions_count_pads_as_hugging_face_does_even_where_the_mask_keeps_them() -> None:
+    backbone = tiny_backbone(roberta_config())
+    ids = torch.tensor([[5, 1, 6, 7], [8, 9, 1, 1]])
+    encoder = packed_encoder(backbone)
+    assert_states(layer_states(encoder, encoder.pack(ids)), expected_states(backbone, ids, None))
+
+
+def test_given_position_ids_are_used() -> None:
+    backbone = tiny_backbone(bert_config())
+    ids, positions = torch.randint(4, VOCAB, (3, 6)), torch.randint(0, LONGEST, (3, 6))
+    encoder = packed_encoder(backbone)
+    with torch.no_grad():
+        expected = backbone(input_ids=ids, position_ids=positions).last_hidden_state.flatten(0, 1)
+    got = layer_states(encoder, encoder.pack(ids, position_ids=positions))[-1]
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [bert_config(), roberta_config()], ids=["bert", "roberta"])
+def test_sequences_are_packed_as_padded_rows_are(config: Any) -> None:
+    encoder = packed_encoder(tiny_backbone(config))
+    rows = random_rows(7)
+    ids, mask = padded(rows, fill=1)
+    types = None if config.type_vocab_size == 1 else [[place % 2 for place in range(len(row))] for row in rows]
+    padded_types = None if types is None else torch.arange(ids.shape[1]).remainder(2).expand(ids.shape)
+    one, other = encoder.pack(ids, mask, padded_types), encoder.pack_sequences(rows, types)
+    for name in ("input_ids", "position_ids", "cu_seqlens", "live", "seqlens", "sample_ids"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert (one.token_type_ids is None) == (types is None)
+    if types is not None:
+        assert torch.equal(one.token_type_ids, other.token_type_ids)
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"])
+def test_every_activation_is_hugging_faces(activation: str, impl: str) -> None:
+    backbone = tiny_backbone(bert_config(hidden_act=activation))
+    ids, mask = masked_inputs("right")
+    encoder = packed_encoder(backbone, impl)
+    got, expected = layer_states(encoder, encoder.pack(ids, mask)), expected_states(backbone, ids, mask)
+    # 2e-6: below the difference between gelu and its tanh form
+    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.5])
+def test_the_backbones_norm_eps_is_used(eps: float) -> None:
+    backbone = tiny_backbone(bert_config(layer_norm_eps=eps))
+    ids, mask = masked_inputs("right")
+    encoder = packed_encoder(backbone)
+    assert_states(layer_states(encoder, encoder.pack(ids, mask)), expected_states(backbone, ids, mask))
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_bf16_loses_no_more_than_twice_what_plain_pytorch_does(impl: str) -> None:
+    backbone = tiny_backbone(bert_config())
+    ids, mask = masked_inputs("right")
+    encoder = packed_encoder(backbone, impl, torch.bfloat16)
+    batch = encoder.pack(ids, mask)
+    got = layer_states(encoder, batch)
+    assert all(state.dtype == torch.bfloat16 for state in got)
+    oracle = expected_states(backbone.double(), ids, mask)
+    plain = expected_states(tiny_backbone(bert_config()).bfloat16(), ids, mask)
+    for ours, theirs, truth in zip(got, plain, oracle, strict=True):
+        error, budget = (ours - truth).square().mean().sqrt(), (theirs - truth).square().mean().sqrt()
+        assert error <= 2 * budget, f"{error} > 2 x {budget}"
+        assert error > 1e-6  # it did run in bf16
+
+
+def test_the_encoder_is_a_snapshot() -> None:
+    backbone = tiny_backbone(bert_config())
+    ids, mask = masked_inputs("right")
+    encoder = packed_encoder(backbone)
+    before = layer_states(encoder, encoder.pack(ids, mask))
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(1.0)
+    for one, other in zip(before, layer_states(encoder, encoder.pack(ids, mask)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_layer_does_not_change_its_input() -> None:
+    encoder = packed_encoder(tiny_backbone(bert_config()))
+    batch = encoder.embed(encoder.pack_sequences(random_rows(5)))
+    before = batch.hidden.clone()
+    after = encoder.layer(0, batch)
+    assert torch.equal(batch.hidden, before) and not torch.equal(after.hidden, before)
+
+
+def test_order_of_use_is_checked() -> None:
+    encoder = packed_encoder(tiny_backbone(bert_config()))
+    batch = encoder.pack_sequences([[5, 6]])
+    with pytest.raises(ValueError, match="embed first"):
+        encoder.layer(0, batch)
+    with pytest.raises(ValueError, match="input_ids"):
+        encoder.embed(RaggedBatch.from_seqlens(torch.tensor([2])))
+
+
+# checks -------------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=[bert_config(), roberta_config()], ids=["bert", "roberta"])
+def checked(request: pytest.FixtureRequest) -> PackedEncoder:
+    return packed_encoder(tiny_backbone(request.param))
+
+
+def test_ids_outside_the_vocabulary(checked: PackedEncoder) -> None:
+    checked.pack(torch.tensor([[VOCAB - 1, 2]]))
+    for bad in (VOCAB, -1):
+        with pytest.raises(ValueError, match=rf"input_ids: expected values in \[0, {VOCAB}\), got .*{bad}"):
+            checked.pack(torch.tensor([[5, bad]]))
+        with pytest.raises(ValueError, match="input_ids"):
+            checked.pack_sequences([[5], [7, bad]])
+        with pytest.raises(ValueError, match="input_ids"):
+            checked.check_sequence([5, bad])
+    checked.pack(torch.tensor([[5, VOCAB]]), torch.tensor([[1, 0]]))  # what the mask drops is nobody's business
+
+
+def test_sequences_longer_than_the_position_table(checked: PackedEncoder) -> None:
+    assert checked.max_positions == LONGEST
+    fits = [5] * LONGEST
+    checked.pack(torch.tensor([fits]))
+    checked.pack_sequences([fits])
+    checked.check_sequence(fits)
+    message = f"sequence length: expected at most {LONGEST} positions .* got {LONGEST + 1}"
+    with pytest.raises(ValueError, match=message):
+        checked.pack(torch.tensor([[*fits, 5]]))
+    with pytest.raises(ValueError, match=message):
+        checked.pack_sequences([[5], [*fits, 5]])
+    with pytest.raises(ValueError, match=f"input_ids: expected at most {LONGEST} tokens .* got {LONGEST + 1}"):
+        checked.check_sequence([*fits, 5])
+
+
+def test_positions_outside_the_table(checked: PackedEncoder) -> None:
+    table = checked.position_embeddings.shape[0]
+    ids = torch.tensor([[5, 6]])
+    checked.pack(ids, position_ids=torch.tensor([[0, table - 1]]))
+    with pytest.raises(ValueError, match="position_ids"):
+        checked.pack(ids, position_ids=torch.tensor([[0, table]]))
+    with pytest.raises(ValueError, match="position_ids"):
+        checked.pack(ids, position_ids=torch.tensor([[-1, 0]]))
+
+
+def test_token_types_outside_the_table(checked: PackedEncoder) -> None:
+    types = len(checked.token_type_embeddings)
+    ids = torch.tensor([[5, 6]])
+    for bad in (types, -1):
+        with pytest.raises(ValueError, match=rf"token_type_ids: expected values in \[0, {types}\)"):
+            checked.pack(ids, token_type_ids=torch.tensor([[0, bad]]))
+        with pytest.raises(ValueError, match="token_type_ids"):
+            checked.pack_sequences([[5, 6]], [[0, bad]])
+        with pytest.raises(ValueError, match="token_type_ids"):
+            checked.check_sequence([5, 6], [0, bad])
+    with pytest.raises(ValueError, match="token_type_ids: expected 2 values"):
+        checked.check_sequence([5, 6], [0])
+
+
+@pytest.mark.parametrize(
+    "good", [[5, 6], (5, 6), np.array([5, 6]), torch.tensor([5, 6]), [np.int32(5), np.int64(6)]], ids=str
+)
+def test_check_sequence_takes_integers_of_any_kind(good: Any) -> None:
+    encoder = packed_encoder(tiny_backbone(bert_config()))
+    encoder.check_sequence(good)
+    assert encoder.pack_sequences([good]).input_ids.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [[5.0, 6.0], [float("nan")], ["5"], "56", [True, False], [None], [[5]], np.array([5.0]), torch.tensor([5.0]), 5],
+    ids=str,
+)
+def test_check_sequence_takes_nothing_but_integers(bad: Any) -> None:
+    encoder = packed_encoder(tiny_backbone(bert_config()))
+    with pytest.raises(TypeError):
+        encoder.check_sequence(bad)
+    with pytest.raises(TypeError):
+        encoder.check_sequence([5], bad if isinstance(bad, list) and len(bad) == 1 else [0.5])
+    with pytest.raises(ValueError, match="at least one"):
+        encoder.check_sequence([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2'"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+    ],
+)
+def test_backbones_that_are_not_supported_are_refused(change: dict[str, Any], message: str) -> None:
+    backbone = tiny_backbone(bert_config())
+    config = backbone.config.to_dict() | change
+    with pytest.raises(ValueError, match=f"backbone: .*{message}"):
+        backbone_weights(SimpleNamespace(config=SimpleNamespace(**config)))  # type: ignore[arg-type]
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hidden_act: .*'gelu'.*'quick_gelu'"):
+        check_activation("quick_gelu")
+    with pytest.raises(ValueError, match="hidden_act"):
+        packed_encoder(tiny_backbone(bert_config(hidden_act="quick_gelu")))
+
+
+# linears ------------------------------------------------------------------------------------------------------------
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+TOLERANCES = {torch.float32: {"rtol": 0, "atol": 3e-6}, torch.bfloat16: {"rtol": 0.02, "atol": 0.02}}
+
+
+@pytest.fixture(params=["prepacked", "plain"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "plain":
+        monkeypatch.setattr(linears, "prepacking_available", lambda: False)
+    elif not prepacking_available():
+        pytest.skip("this torch has no prepacked oneDNN linears")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 32, 96])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_is_linear(path: str, dtype: torch.dtype, rows: int, bias: bool) -> None:
+    weight, x = torch.randn(24, 40, dtype=dtype) / 40**0.5, torch.randn(rows, 40, dtype=dtype)
+    offset = torch.randn(24, dtype=dtype) if bias else None
+    linear = PackedLinear(weight, offset)
+    assert linear.packed == (path == "prepacked")
+    truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    close = TOLERANCES[dtype]
+    out = linear(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), truth, **close)
+    for name, function in ACTIVATIONS.items():
+        torch.testing.assert_close(linear(x, name).double(), function(truth), **close)
+    residual = torch.randn(rows, 24, dtype=dtype)
+    before = residual.clone()
+    first, second = linear.sum_with(x, residual)
+    assert (second is None) == (path == "prepacked")
+    total = first.double() if second is None else first.double() + second.double()
+    torch.testing.assert_close(total, truth + residual.double(), **close)
+    assert torch.equal(residual, before)
+
+
+def test_packed_linear_is_a_snapshot(path: str) -> None:
+    weight, bias, x = torch.randn(8, 16), torch.randn(8), torch.randn(32, 16)
+    linear = PackedLinear(weight, bias)
+    before = linear(x)
+    weight.zero_()
+    bias.zero_()
+    assert torch.equal(linear(x), before)
+
+
+def test_packed_linear_takes_weights_that_are_views(path: str) -> None:
+    weight, x = torch.randn(16, 8).T, torch.randn(32, 16)
+    torch.testing.assert_close(PackedLinear(weight, None)(x), F.linear(x, weight), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_the_encoder_is_the_same_without_prepacking(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "prepacking_available", lambda: False)
+    backbone = tiny_backbone(bert_config())
+    ids, mask = masked_inputs("holes")
+    encoder = packed_encoder(backbone, impl)
+    assert not encoder.layers[0].qkv.packed
+    assert_states(layer_states(encoder, encoder.pack(ids, mask)), expected_states(backbone, ids, mask))
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
+@pytest.mark.parametrize("op", ["_reorder_linear_weight", "_linear_pointwise"])
+def test_the_probe_notices_what_is_missing(error: type, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object) -> None:
+        raise error("not here")
+
+    fake = missing if op == "_reorder_linear_weight" else SimpleNamespace(binary=missing)
+    torch.ops.mkldnn._reorder_linear_weight  # noqa: B018  (resolved and cached, so that the patch can be undone)
+    torch.ops.mkldnn._linear_pointwise  # noqa: B018
+    monkeypatch.setattr(torch.ops.mkldnn, op, fake)
+    assert prepacking_available.__wrapped__() is False
+
+
+def test_the_probe_finds_wrong_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(binary=lambda x, other, *rest: x)
+    torch.ops.mkldnn._linear_pointwise  # noqa: B018
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", fake)
+    assert prepacking_available.__wrapped__() is False
