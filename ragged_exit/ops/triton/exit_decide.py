@@ -1,0 +1,208 @@
+"""exit_decide: score, comparison, row state and plan from logits that exist already, in one launch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.triton.config import FP_FUSION, on_its_device
+from ragged_exit.ops.triton.plan import arrived_last, scan_plan, tickets
+from ragged_exit.ops.triton.scores import decide_rows, load_tile
+from ragged_exit.rules import ScoreSpec
+
+MAX_CLASS_TILE = 1024
+SCAN_BLOCK = 1024
+# Logits that one program of 4 warps holds at a time: 16 registers of a thread a copy.
+_TILE_ELEMENTS = 2048
+
+
+def class_tile(classes: int, most_rows: int) -> dict[str, int]:
+    """The tile in which scores are computed: BLOCK_C classes of BLOCK_R rows."""
+    block_c = min(max(16, triton.next_power_of_2(classes)), MAX_CLASS_TILE)
+    return {"BLOCK_C": block_c, "BLOCK_R": min(most_rows, _TILE_ELEMENTS // block_c)}
+
+
+def packed(value: Tensor | None) -> Tensor | None:
+    """``value`` without strides: the kernels take vectors and weight matrices as they lie in memory."""
+    return None if value is None else value.contiguous()
+
+
+def rule_arguments(spec: ScoreSpec, threshold: Tensor, classes: int, final: bool) -> dict:
+    """The kernel arguments that say which score, comparison and threshold a row gets."""
+    return {
+        "threshold_ptr": packed(threshold),
+        "tolerance": spec.tolerance,
+        "temperature": spec.temperature,
+        "lam": spec.lam,
+        "log_classes": math.log(classes),
+        "SCORE": spec.score,
+        "COMPARE": spec.compare,
+        "DR_ORDER": spec.dr_order,
+        "PER_ROW": threshold.numel() > 1,
+        "FINAL": final,
+        "C": classes,
+    }
+
+
+def new_outputs(classes: int, cu_seqlens: Tensor, counts: bool) -> ExitTensors:
+    """Uninitialised outputs: the kernels write every element."""
+    rows = cu_seqlens.shape[0] - 1
+
+    def new(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=cu_seqlens.device)
+
+    return ExitTensors(
+        logits=new(torch.float32, rows, classes),
+        score=new(torch.float32, rows),
+        exits=new(torch.bool, rows),
+        survivors=new(torch.int32, rows),
+        cu_seqlens=new(torch.int32, rows + 1),
+        live=new(torch.int32, 2),
+        counter=new(torch.int32, rows if counts else 0),
+        previous=new(torch.float32, rows if counts else 0),
+    )
+
+
+def output_arguments(outputs: ExitTensors) -> dict:
+    """The kernel arguments through which ``outputs`` are written."""
+    return {
+        "logits_out_ptr": outputs.logits,
+        "score_ptr": outputs.score,
+        "exits_ptr": outputs.exits.view(torch.uint8),
+        "survivors_ptr": outputs.survivors,
+        "new_cu_ptr": outputs.cu_seqlens,
+        "new_live_ptr": outputs.live,
+        "new_counter_ptr": outputs.counter,
+        "new_previous_ptr": outputs.previous,
+    }
+
+
+@triton.jit(do_not_specialize=["row_capacity"])
+def exit_decide_kernel(
+    logits_ptr,  # [row_capacity, C]
+    signal_ptr,  # f32 [row_capacity] or [row_capacity, C]
+    cu_ptr,
+    live_ptr,
+    counter_ptr,
+    previous_ptr,
+    threshold_ptr,
+    ticket_ptr,
+    logits_out_ptr,  # f32 [row_capacity, C]
+    score_ptr,
+    exits_ptr,
+    survivors_ptr,
+    new_cu_ptr,
+    new_live_ptr,
+    new_counter_ptr,
+    new_previous_ptr,
+    row_capacity,
+    tolerance,
+    temperature,
+    lam,
+    log_classes,
+    SCORE: tl.constexpr,
+    COMPARE: tl.constexpr,
+    DR_ORDER: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    FINAL: tl.constexpr,
+    C: tl.constexpr,
+    COPY: tl.constexpr,  # False when the logits were written to logits_out already
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SCAN_BLOCK: tl.constexpr,
+):
+    """A program decides BLOCK_R rows; the last one scans the plan."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    within = rows < row_capacity
+    alive = rows < tl.load(live_ptr)
+    if COPY:
+        for start in range(0, C, BLOCK_C):
+            cols = start + tl.arange(0, BLOCK_C)
+            z = load_tile(logits_ptr, rows, alive, cols, C, 0.0)  # [BLOCK_R, BLOCK_C]
+            tl.store(logits_out_ptr + rows[:, None] * C + cols[None, :], z, mask=within[:, None] & (cols < C)[None, :])
+    decide_rows(
+        logits_ptr,
+        signal_ptr,
+        counter_ptr,
+        previous_ptr,
+        threshold_ptr,
+        score_ptr,
+        exits_ptr,
+        new_counter_ptr,
+        new_previous_ptr,
+        rows,
+        within,
+        alive,
+        tolerance,
+        temperature,
+        lam,
+        log_classes,
+        SCORE,
+        COMPARE,
+        DR_ORDER,
+        PER_ROW,
+        FINAL,
+        C,
+        BLOCK_R,
+        BLOCK_C,
+    )
+    if arrived_last(ticket_ptr, tl.num_programs(0)):
+        scan_plan(exits_ptr, cu_ptr, live_ptr, survivors_ptr, new_cu_ptr, new_live_ptr, row_capacity, SCAN_BLOCK)
+
+
+@on_its_device
+def exit_decide(
+    logits: Tensor,  # [Bcap, C]
+    signal: Tensor | None,  # [Bcap] uncertainty, [Bcap, C] distances
+    cu_seqlens: Tensor,  # [Bcap + 1]
+    live: Tensor,  # [2]
+    counter: Tensor | None,  # [Bcap]
+    previous: Tensor | None,  # [Bcap]
+    threshold: Tensor,  # [1] or [Bcap]
+    spec: ScoreSpec,
+    final: bool,
+) -> ExitTensors:
+    outputs = new_outputs(logits.shape[1], cu_seqlens, counter is not None)
+    launch_decide(logits.contiguous(), signal, cu_seqlens, live, counter, previous, threshold, spec, final, outputs)
+    return outputs
+
+
+def launch_decide(
+    logits: Tensor,
+    signal: Tensor | None,
+    cu_seqlens: Tensor,
+    live: Tensor,
+    counter: Tensor | None,
+    previous: Tensor | None,
+    threshold: Tensor,
+    spec: ScoreSpec,
+    final: bool,
+    outputs: ExitTensors,
+) -> None:
+    """Fill ``outputs`` from contiguous ``logits``, which may be ``outputs.logits`` themselves."""
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f'logits: impl "triton" takes float32, float16 and bfloat16, got {logits.dtype}')
+    rows, classes = logits.shape
+    tile = class_tile(classes, 16)
+    exit_decide_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
+        logits_ptr=logits,
+        signal_ptr=packed(signal),
+        cu_ptr=packed(cu_seqlens),
+        live_ptr=packed(live),
+        counter_ptr=packed(counter),
+        previous_ptr=packed(previous),
+        ticket_ptr=tickets(1, logits.device),
+        row_capacity=rows,
+        COPY=logits is not outputs.logits,
+        SCAN_BLOCK=SCAN_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=FP_FUSION,
+        **tile,
+        **rule_arguments(spec, threshold, classes, final),
+        **output_arguments(outputs),
+    )
