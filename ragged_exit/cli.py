@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Early-exit encoders that are fast in batches.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)  # a file or a pipe has no width of its own
 
 
 class DType(StrEnum):

@@ -8,13 +8,12 @@ from dataclasses import replace
 from numbers import Integral
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
 from ragged_exit.batch import RaggedBatch, check_ids, token_bucket
 from ragged_exit.linears import PackedLinear, check_activation
-from ragged_exit.ops import add_layer_norm, varlen_attention
+from ragged_exit.ops import add_layer_norm, embed_layer_norm, varlen_attention
 
 
 class PackedEncoder:
@@ -122,16 +121,23 @@ class PackedEncoder:
         """Fill ``hidden`` ``[token_bucket(T), H]`` from the packed ids."""
         if batch.input_ids is None or batch.position_ids is None:
             raise ValueError("batch: expected packed input_ids and position_ids, and they are gone")
-        summed = F.embedding(batch.input_ids, self.word_embeddings)  # [T, H]
-        summed += F.embedding(batch.position_ids, self.position_embeddings)
-        if self.token_type_embeddings is not None:
-            if batch.token_type_ids is None:
-                summed += self.token_type_embeddings[0]
-            else:
-                summed += F.embedding(batch.token_type_ids, self.token_type_embeddings)
+        norm = self.embedding_norm
+        embedded = embed_layer_norm(
+            batch.input_ids,
+            batch.position_ids,
+            None if self.token_type_embeddings is None else batch.token_type_ids,
+            self.word_embeddings,
+            self.position_embeddings,
+            self.token_type_embeddings,
+            norm.weight,
+            norm.bias,
+            self.norm_eps,
+            self.norm_kind,
+            impl=self.impl,
+        )  # [T, H]
         tokens = batch.input_ids.shape[0]
-        hidden = summed.new_zeros(token_bucket(tokens), summed.shape[1])
-        hidden[:tokens] = self._norm(summed, None, self.embedding_norm)
+        hidden = embedded.new_zeros(token_bucket(tokens), embedded.shape[1])
+        hidden[:tokens] = embedded
         if self.embedding_projection is not None:
             hidden = self.embedding_projection(hidden)
             hidden[tokens:] = 0  # the projection's bias

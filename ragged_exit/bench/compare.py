@@ -17,6 +17,8 @@ from ragged_exit.calibration.threshold import Point
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.rules import ExitRule
 
+REFERENCE_ROWS = 512
+
 
 def compare(
     title: str,
@@ -32,12 +34,13 @@ def compare(
     curve: Sequence[Point] = (),
     chosen: Point | None = None,
 ) -> Report:
-    """Check every contender's answers on ``check_on``, then time them on ``draw(0)``, ``draw(1)``, ...
+    """Compare every contender's answers with the reference, then time them on ``draw(0)``, ``draw(1)``, ...
 
+    The reference runs the first ``REFERENCE_ROWS`` rows of ``check_on`` one at a time; accuracy is of all its rows.
     model is the fp32 reference; contenders compute in ``dtype``. ``draw`` gives equally many rows each time.
     """
     say("the reference model, row by row")
-    expected = references(model, rule, check_on)
+    expected = references(model, rule, check_on.select(range(REFERENCE_ROWS)))
     contestant = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
     measured = measure(
         contenders(contestant, accelerate(model, rule=rule, dtype=dtype), batch_size=batch_size),
@@ -48,7 +51,8 @@ def compare(
         dtype=dtype,
         on_step=say,
     )
-    exit_layer = expected.exits.exit_layer
+    ragged = next(item for item in measured if item.contender.name == "ragged")
+    exit_layer = ragged.answers.exit_layer  # of every row of check_on
     timed = len(draw(0))
     facts = workload_facts(check_on, exit_layer, exit_layer, model.config, model.config.num_hidden_layers)
     linears = linear_seconds(model.config, check_on.lengths, exit_layer, dtype)

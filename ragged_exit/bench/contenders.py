@@ -23,7 +23,8 @@ from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import token_budget_batches
 
 ROW_BATCHES = (32, 64, 128)
-TOKEN_BUDGETS = (1024, 2048, 4096, 8192)
+TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
+PADDED_ROWS = 384  # slow, and in arrival order: a sample tells its rate
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def contenders(
     full = RaggedExecutor([full_depth_stage(fast)], impl=fast.impl)
     rule = fast.rule
     return [
-        Contender("padded", padded(model, by_length=False), (batch_size,), exits=False),
+        Contender("padded", padded(model, by_length=False), (batch_size,), exits=False, rows=PADDED_ROWS),
         Contender("padded_sorted", padded(model, by_length=True), ROW_BATCHES, exits=False),
         Contender("padded_sorted_prepacked", padded(prepacked, by_length=True), ROW_BATCHES, exits=False),
         Contender("batch1", padded_exit(model, rule), (1,), exits=True, rows=batch1_rows),

@@ -21,11 +21,12 @@ MAX_LOGIT_ERROR = 1e-3  # fp32
 MARGIN = 1e-5  # on the score, where a decision may fall either way
 MIN_AGREEMENT = 0.99  # bf16: share of labels equal to the fp32 reference
 MAX_ACCURACY_LOSS = 0.003  # bf16
+TUNING_ROWS = 256
 
 
 @dataclass(frozen=True)
 class References:
-    """What contenders must match on one workload: full depth, and the early-exit model run row by row.
+    """What contenders must match on a workload's first N rows: full depth, and the early-exit model run row by row.
 
     close: bool ``[N]``, rows with some score within the margin of its threshold, whose exit may differ.
     """
@@ -37,10 +38,11 @@ class References:
 
 @dataclass
 class Measured:
-    """A contender's best size, the seconds of each repeat on the same number of rows, and whether its answers match."""
+    """A contender's best size, its answers and whether they match, and the seconds of each repeat."""
 
     contender: Contender
     size: int
+    answers: Answers  # to the rows that were checked
     seconds: list[float] = field(default_factory=list)
     accuracy: float | None = None
     max_logit_error: float = 0.0
@@ -78,29 +80,31 @@ def _is_close(point: ExitPoint) -> bool:
     return bool((score - point.rule.threshold_at(point.exit_index)).abs() <= MARGIN)
 
 
-def check(measured: Measured, answers: Answers, workload: Workload, expected: References, dtype: torch.dtype) -> None:
-    """Fill in accuracy and whether ``answers`` match the contender's reference (DESIGN: benchmarks, one specification).
+def check(measured: Measured, workload: Workload, expected: References, dtype: torch.dtype) -> None:
+    """Fill in accuracy (of contenders that answer every row) and whether the answers match their reference.
 
     fp32: labels equal, |logit difference| <= 1e-3 and exit layers equal, outside the margin. bf16: labels agree for
     99 % of the rows and accuracy is within 0.3 points.
     """
-    wanted = expected.exits if measured.contender.exits else expected.full
-    rows = len(answers.logits)
+    answers, wanted = measured.answers, expected.exits if measured.contender.exits else expected.full
+    if workload.labels is not None and len(answers.logits) == len(workload):
+        measured.accuracy = float((answers.logits.argmax(1) == workload.labels).double().mean())
+    rows = min(len(answers.logits), len(wanted.logits))
+    answers = Answers(answers.logits[:rows], answers.exit_layer[:rows])
     certain = ~expected.close[:rows] if measured.contender.exits else torch.ones(rows, dtype=torch.bool)
     labels, wanted_labels = answers.logits.argmax(1), wanted.logits[:rows].argmax(1)
     measured.agreement = float((labels == wanted_labels).double().mean())
     measured.wrong_exits = int((answers.exit_layer != wanted.exit_layer[:rows])[certain].sum())
     measured.max_logit_error = float((answers.logits - wanted.logits[:rows])[certain].abs().max())
-    loss = 0.0
-    if workload.labels is not None:
-        truth = workload.labels[:rows]
-        measured.accuracy = float((labels == truth).double().mean())
-        loss = float((wanted_labels == truth).double().mean()) - measured.accuracy
     if dtype == torch.float32:
         same_labels = bool((labels == wanted_labels)[certain].all())
         exact = measured.max_logit_error <= MAX_LOGIT_ERROR and measured.wrong_exits == 0
         measured.matches = same_labels and exact
     else:
+        loss = 0.0
+        if workload.labels is not None:
+            truth = workload.labels[:rows]
+            loss = float((wanted_labels == truth).double().mean() - (labels == truth).double().mean())
         measured.matches = measured.agreement >= MIN_AGREEMENT and loss <= MAX_ACCURACY_LOSS
 
 
@@ -123,8 +127,8 @@ def measure(
     for contender in contenders:
         on_step(f"checking {contender.name}")
         size = _best_size(contender, draw)
-        measured = Measured(contender, size)
-        check(measured, contender.run(_limited(check_on, contender), size), check_on, expected, dtype)
+        measured = Measured(contender, size, contender.run(_limited(check_on, contender), size))
+        check(measured, check_on, expected, dtype)
         results.append(measured)
     for repeat in range(repeats):
         workload = draw(repeat)
@@ -141,8 +145,9 @@ def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:
         return contender.sizes[0]
     times = {}
     for number, size in enumerate(contender.sizes):
-        contender.run(draw(-1 - number), size)  # kernels for this size's shapes are built here, not in the next line
-        times[size] = _seconds(contender, draw(-1 - len(contender.sizes)), size)
+        warm, timed = (draw(-1 - place).select(range(TUNING_ROWS)) for place in (number, len(contender.sizes)))
+        contender.run(warm, size)  # kernels for this size's shapes are built here, not in the next line
+        times[size] = _seconds(contender, timed, size)
     return min(times, key=lambda size: times[size])
 
 

@@ -129,8 +129,8 @@ class Report:
     def _verdict(self, item: Measured) -> str:
         reference = "row-by-row exits" if item.contender.exits else "full depth"
         if item.matches:
-            return f"match {reference} (logits within {item.max_logit_error:.0e}, {100 * item.agreement:.1f} % labels)"
-        return f"[red]DIFFER from {reference}: {item.wrong_exits} exits, logits by {item.max_logit_error:.1e}[/red]"
+            return f"= {reference}, logits within {item.max_logit_error:.0e}"
+        return f"[red]DIFFER from {reference}: {item.wrong_exits} exits, logits by {item.max_logit_error:.0e}[/red]"
 
     def plot(self, path: Path) -> None:
         """The exit-layer histogram beside accuracy against mean exit layer (or throughput, where there is no curve)."""

@@ -25,7 +25,9 @@ class Workload:
         return [len(sequence) for sequence in self.sequences]
 
     def select(self, rows: Sequence[int]) -> Workload:
-        labels = None if self.labels is None else self.labels[list(rows)]
+        """These rows, in this order; row numbers past the end are left out."""
+        rows = [row for row in rows if row < len(self)]
+        labels = None if self.labels is None else self.labels[rows]
         return Workload([self.sequences[row] for row in rows], labels)
 
     def sample(self, count: int, seed: int) -> Workload:

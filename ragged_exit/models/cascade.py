@@ -48,8 +48,8 @@ class CascadeBert(EarlyExitModel):
     @classmethod
     def from_members(cls, members: Sequence[LayeredModel], rule: ExitRule | None = None) -> CascadeBert:
         """A cascade of loaded models, small to large. It holds the models, not copies."""
-        _check_members(members)
-        return cls(members[-1].config, rule, members=members).eval()
+        config = members[-1].config if members else None
+        return cls(config, rule, members=members).eval()  # type: ignore[arg-type]  # None: refused before it is used
 
     @property
     def num_exits(self) -> int:

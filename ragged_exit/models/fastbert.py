@@ -89,7 +89,8 @@ class FastBert(LayeredModel):
 
     The last branch is the teacher. ``compare="<="`` as the paper's script, the default, or ``"<"`` as the PyPI package.
     config: a ``UerConfig`` for published weights; branches on a Hugging Face encoder work too. On UER's backbone,
-    ``token_type_ids`` may be UER's own segments: 0 padding, 1 first, 2 second sentence, with or without a mask.
+    ``token_type_ids`` may be UER's own segments: 0 padding, 1 first, 2 second sentence, with or without a mask
+    (``stream`` takes token types only).
     """
 
     system: ClassVar[str] = "fastbert"
@@ -129,7 +130,7 @@ class FastBert(LayeredModel):
         return input_ids, mask, (token_type_ids - 1).clamp_min(0)
 
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
-        """The teacher's loss plus each student's KL divergence from it (the original trains them one after the other)."""
+        """The teacher's loss plus each student's KL divergence from it (the original has two stages)."""
         *students, teacher = (point.output.logits for point in points)
         target = teacher.detach().log_softmax(1)
         losses = [

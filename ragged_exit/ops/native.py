@@ -17,6 +17,7 @@ from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
 _PANEL = 32  # outputs in a panel of packed weights: kPanel in csrc/gemm.inl.h
 _SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
+_INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
 
 
@@ -67,23 +68,43 @@ def add_layer_norm(
 ) -> Tensor:
     is_bf16 = _check_dtype(x)
     x, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
-    residual = x[:0] if residual is None else _rows(residual)
+    residual = None if residual is None else _rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype)
     _native.add_layer_norm(
         x.data_ptr(),
-        residual.data_ptr() if len(residual) else 0,
+        0 if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),
         out.data_ptr(),
         *x.shape,
         x.stride(0),
-        residual.stride(0),
+        0 if residual is None else residual.stride(0),
         eps,
         kind == "uer",
         is_bf16,
         torch.get_num_threads(),
     )
     return out
+
+
+def embed_layer_norm(
+    input_ids: Tensor,  # [T]
+    position_ids: Tensor,  # [T]
+    token_type_ids: Tensor | None,  # [T]
+    word: Tensor,  # [V, H]
+    position: Tensor,  # [S, H]
+    token_type: Tensor | None,  # [Y, H]
+    weight: Tensor,  # [H]
+    bias: Tensor,  # [H]
+    eps: float,
+    kind: str,
+) -> Tensor:
+    """PyTorch's gathers, which are as fast as memory, and our LayerNorm."""
+    total = F.embedding(input_ids, word).float()  # [T, H]
+    total += F.embedding(position_ids, position)
+    if token_type is not None:
+        total += token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type)
+    return add_layer_norm(total, None, weight.float(), bias.float(), eps, kind).to(word.dtype)
 
 
 def exit_step(
@@ -114,7 +135,12 @@ def exit_step(
             head.prototypes,
         )
     ]
+    for weight in weights:
+        if weight is not None and weight.dtype != hidden.dtype:
+            raise TypeError(f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
     classes, pooled = head.classifier_weight.shape
+    if head.packed_pooler is not None and head.packed_pooler.shape != (-(-pooled // _PANEL), hidden.shape[1], _PANEL):
+        raise ValueError(f"packed_pooler: expected pack_linear's layout, got {list(head.packed_pooler.shape)}")
     inputs, outputs = _exit_tensors(cu_seqlens, live, counter, previous, threshold, classes)
     _native.exit_step(
         hidden.data_ptr(),
@@ -127,7 +153,12 @@ def exit_step(
         packed,
         _addresses(inputs),
         _addresses(outputs),
-        *_exit_numbers(hidden.shape[0], classes, inputs, spec, final),
+        cu_seqlens.shape[0] - 1,
+        hidden.shape[0],
+        classes,
+        *_numbers(spec),
+        final,
+        len(threshold) > 1,
         is_bf16,
         torch.get_num_threads(),
     )
@@ -154,7 +185,12 @@ def exit_decide(
         0 if signal is None else signal.data_ptr(),
         _addresses(inputs),
         _addresses(outputs),
-        *_exit_numbers(2**31 - 1, logits.shape[1], inputs, spec, final),
+        cu_seqlens.shape[0] - 1,
+        _INT32_MAX,  # there are no tokens to point outside of
+        logits.shape[1],
+        *_numbers(spec),
+        final,
+        len(threshold) > 1,
         is_bf16,
         torch.get_num_threads(),
     )
@@ -185,7 +221,7 @@ def compact(
         new_cu_seqlens.data_ptr(),
         live.data_ptr(),
         cu_seqlens.shape[0] - 1,
-        min((value.shape[0] for value in tokens), default=2**31 - 1),
+        min((value.shape[0] for value in tokens), default=_INT32_MAX),
         token_capacity,
         row_capacity,
         torch.get_num_threads(),
@@ -246,21 +282,12 @@ def _exit_tensors(
     return inputs, outputs
 
 
-def _exit_numbers(
-    tokens: int, classes: int, inputs: tuple[Tensor | None, ...], spec: ScoreSpec, final: bool
-) -> tuple[int | float | bool, ...]:
-    cu_seqlens, threshold = inputs[0], inputs[4]
-    rows = len(cu_seqlens) - 1
+def _numbers(spec: ScoreSpec) -> tuple[int, int, float, float, float, bool]:
     return (
-        rows,
-        tokens,
-        classes,
         _SCORES[spec.score],
         _COMPARISONS[spec.compare],
         spec.tolerance,
         spec.temperature,
         spec.lam,
         spec.dr_order == "distance",
-        final,
-        len(threshold) == rows,
     )

@@ -106,8 +106,8 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     right = ragged.run(rows, 256)
 
     def verdict(answers: Answers) -> bool:
-        measured = measuring.Measured(ragged, 256)
-        measuring.check(measured, answers, rows, expected, torch.float32)
+        measured = measuring.Measured(ragged, 256, answers)
+        measuring.check(measured, rows, expected, torch.float32)
         return measured.matches
 
     assert verdict(right)

@@ -480,6 +480,14 @@ def test_from_backbone_is_fp32_whatever_the_file_holds(tmp_path: Path) -> None:
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_load_keeps_fp32_weights_whatever_the_config_says(name: str, tmp_path: Path) -> None:
+    source = tiny_deebert()
+    loaded = rx.load(write(tmp_path, to_published(source, "bert"), config_dict(source) | {name: "bfloat16"}))
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
 def test_from_backbone_refuses_another_class_count(tmp_path: Path) -> None:
     CLASSIFIERS["bert"](bert_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"num_labels: .* 3 classes, got 2"):
@@ -583,11 +591,38 @@ def test_eval_loss_is_that_of_the_answers_and_comes_first() -> None:
     assert output[0] is output.loss and output.exit_logits is None
 
 
+@pytest.mark.parametrize("labels", [1, 3], ids=["regression", "classes"])
+def test_patience_counts_agreement_from_exit_to_exit(labels: int) -> None:
+    model = tiny_deebert(bert_config(num_labels=labels, hidden_dropout_prob=0.0), seed=3, rule=rx.Patience(1))
+    ids, mask = padded(random_rows(20))
+    tolerance = 1.4
+    with torch.no_grad():
+        model.train()
+        model.backbone.eval()
+        logits = torch.stack(model(ids, mask).exit_logits)  # [exits, B, C]
+        model.eval()
+        layers = []
+        for patience in (1, 2):
+            model.rule = rx.Patience(patience, tolerance=tolerance)
+            output = model(ids, mask)
+            layers.append(output.exit_layer.tolist())
+            for row in range(20):
+                counter = depth = 0
+                for depth in range(1, 5):
+                    now, before = logits[depth - 1, row], logits[depth - 2, row]
+                    agrees = now.argmax() == before.argmax() if labels > 1 else (now - before).abs() < tolerance
+                    counter = counter + 1 if depth > 1 and agrees else 0
+                    if counter >= patience:
+                        break
+                assert int(output.exit_layer[row]) == depth
+                torch.testing.assert_close(output.logits[row], logits[depth - 1, row], rtol=0, atol=1e-6)
+    assert len(set(layers[0])) > 1 and layers[0] != layers[1]
+
+
 def test_one_output_is_a_regression() -> None:
-    model = tiny_deebert(bert_config(num_labels=1), rule=rx.Patience(2, tolerance=0.4))
+    model = tiny_deebert(bert_config(num_labels=1), rule=rx.Patience(2, tolerance=1.0))
     ids, mask = padded(random_rows(9))
     targets = torch.linspace(-1, 1, 9)
     with torch.no_grad():
         output = model(ids, mask, labels=targets)
     torch.testing.assert_close(output.loss, (output.logits[:, 0] - targets).square().mean())
-    assert output.exit_layer.min() >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,3 +108,14 @@ def test_plans_that_point_outside_are_refused() -> None:
     new_cu_seqlens = torch.tensor([0, 2, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="survivors: entry 0 does not fit the plan"):
         native.compact([x], [], survivors, cu_seqlens, new_cu_seqlens, torch.tensor([1, 2], dtype=torch.int32), 2, 1)
+
+
+def test_a_head_that_does_not_fit_is_refused() -> None:
+    cu_seqlens, live = native_cases.plan([1, 2])
+    head = native_cases.head(16, 40, 3, torch.float32)
+    arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
+    with pytest.raises(TypeError, match="head: expected weights in the dtype of hidden"):
+        native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head, *arguments)
+    wrong = replace(head, packed_pooler=native.pack_linear(torch.zeros(16, 40)))
+    with pytest.raises(ValueError, match="packed_pooler: expected pack_linear's layout"):
+        native.exit_step(torch.zeros(3, 16), cu_seqlens, live, wrong, *arguments)
