@@ -122,6 +122,7 @@ class PackedEncoder:
         if batch.input_ids is None or batch.position_ids is None:
             raise ValueError("batch: expected packed input_ids and position_ids, and they are gone")
         norm = self.embedding_norm
+        assert norm.bias is not None
         embedded = embed_layer_norm(
             batch.input_ids,
             batch.position_ids,

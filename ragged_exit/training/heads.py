@@ -118,7 +118,8 @@ class _EpochBar(TrainerCallback):
 
 
 def _logits(head: Highway, pooled: Tensor) -> Tensor:
-    return head.classifier(head.dropout(torch.tanh(head.pooler(pooled))))
+    """A pooled row ``[H]`` is a sequence of one token to the head: pooled ``[B, H]`` -> ``[B, C]``."""
+    return head(pooled[:, None], pooled.new_ones(len(pooled), 1), "cls")
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
