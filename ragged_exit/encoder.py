@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
-from ragged_exit.batch import RaggedBatch, check_ids, token_bucket
+from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_bucket
 from ragged_exit.linears import PackedLinear, check_activation
 from ragged_exit.ops import add_layer_norm, embed_layer_norm, varlen_attention
+
+# glibc maps fresh pages for every allocation past 32 MiB, and touching them costs more than the chunks' concatenation
+FEED_FORWARD_BYTES = 24 << 20
 
 
 class PackedEncoder:
@@ -53,6 +56,9 @@ class PackedEncoder:
         self.embedding_projection = None if projection is None else _packed_linear(affine(projection))
         packed = {id(layer): _PackedLayer(layer, affine) for layer in weights.layers}  # shared layers once
         self.layers = [packed[id(layer)] for layer in weights.layers]
+        row_bytes = weights.layers[0].feed_forward_up.weight.shape[0] * self.word_embeddings.element_size()
+        on_cpu = device.type == "cpu"
+        self._feed_forward_rows = _rows_of(FEED_FORWARD_BYTES, row_bytes) if on_cpu else 1 << 30
 
     @property
     def num_layers(self) -> int:
@@ -149,6 +155,11 @@ class PackedEncoder:
         layer, x = self.layers[index], batch.hidden
         if x is None:
             raise ValueError("batch: expected hidden states; call embed first")
+        x = self._attend(layer, x, batch)
+        chunks = [self._feed_forward(layer, chunk) for chunk in x.split(self._feed_forward_rows)]
+        return replace(batch, hidden=chunks[0] if len(chunks) == 1 else torch.cat(chunks))
+
+    def _attend(self, layer: _PackedLayer, x: Tensor, batch: RaggedBatch) -> Tensor:
         head_size = self.hidden_size // self.num_heads
         qkv = layer.qkv(x).view(-1, 3, self.num_heads, head_size)  # [Tcap, 3, N, D]
         context = varlen_attention(
@@ -160,10 +171,11 @@ class PackedEncoder:
             1 / math.sqrt(head_size),
             impl=self.impl,
         )
-        x = self._norm(*layer.attention_output.sum_with(context.view(x.shape), x), layer.attention_norm)
-        inner = layer.feed_forward_up(x, self.activation)  # [Tcap, F]
-        x = self._norm(*layer.feed_forward_down.sum_with(inner, x), layer.output_norm)
-        return replace(batch, hidden=x)
+        return self._norm(*layer.attention_output.sum_with(context.view(x.shape), x), layer.attention_norm)
+
+    def _feed_forward(self, layer: _PackedLayer, x: Tensor) -> Tensor:
+        inner = layer.feed_forward_up(x, self.activation)  # [rows, F]
+        return self._norm(*layer.feed_forward_down.sum_with(inner, x), layer.output_norm)
 
     def _norm(self, x: Tensor, residual: Tensor | None, norm: Affine) -> Tensor:
         assert norm.bias is not None
@@ -194,6 +206,11 @@ def _check_integers(name: str, values: Sequence[int]) -> None:
     for kind in set(map(type, listed)):
         if not issubclass(kind, Integral) or kind is bool:
             raise TypeError(f"{name}: expected integers, got {kind.__name__}")
+
+
+def _rows_of(size: int, row_bytes: int) -> int:
+    """How many rows fit into ``size`` bytes, as a multiple of the smallest bucket."""
+    return max(1, size // row_bytes // SMALLEST_BUCKET) * SMALLEST_BUCKET
 
 
 def _check_range(name: str, ids: Tensor | None, limit: int) -> None:

@@ -23,7 +23,7 @@ from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import token_budget_batches
 
 ROW_BATCHES = (32, 64, 128)
-TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
+TOKEN_BUDGETS = (2048, 4096, 8192)
 PADDED_ROWS = 384  # slow, and in arrival order: a sample tells its rate
 
 
