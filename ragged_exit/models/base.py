@@ -43,7 +43,7 @@ class EarlyExitModel(nn.Module):
     """A published system as ordinary padded PyTorch: the reference that its accelerated forward must agree with.
 
     A system implements ``exit_points`` (all its exits on a padded batch), ``stages`` (the same for the executor),
-    ``options`` (what its constructor takes besides config and rule) and ``backbones``.
+    ``options`` (what its constructor takes besides config and rule) and ``num_exits``.
     """
 
     system: ClassVar[str]
