@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("ragged_exit._native")
+pytest.importorskip("ragged_exit._native", reason="the C++ extension is not built")
 
 import native_cases
 

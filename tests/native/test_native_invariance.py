@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("ragged_exit._native")
+pytest.importorskip("ragged_exit._native", reason="the C++ extension is not built")
 
 import native_cases
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("ragged_exit._native")
+pytest.importorskip("ragged_exit._native", reason="the C++ extension is not built")
 
 FOLDER = Path(__file__).parent
 CAPABILITIES = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}  # torch's names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("ragged_exit._native")
+pytest.importorskip("ragged_exit._native", reason="the C++ extension is not built")
 
 import native_cases
 
