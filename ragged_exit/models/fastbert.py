@@ -130,13 +130,15 @@ class FastBert(LayeredModel):
         return input_ids, mask, (token_type_ids - 1).clamp_min(0)
 
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
-        """The teacher's loss plus each student's KL divergence from it (the original has two stages)."""
-        *students, teacher = (point.output.logits for point in points)
-        target = teacher.detach().log_softmax(1)
-        losses = [
-            F.kl_div(student.log_softmax(1), target, reduction="batchmean", log_target=True) for student in students
-        ]
-        return torch.stack([self.task_loss(teacher, labels), *losses]).sum()
+        """The teacher's loss plus ``distillation_loss`` (the original has two stages)."""
+        return self.task_loss(points[-1].output.logits, labels) + self.distillation_loss(points)
+
+    def distillation_loss(self, points: list[ExitPoint]) -> Tensor:
+        """The sum of the students' KL divergences from the teacher, each the batch's mean; the teacher stays still."""
+        *students, teacher = (point.output.logits.float().log_softmax(1) for point in points)
+        target = teacher.detach()
+        losses = [F.kl_div(student, target, reduction="batchmean", log_target=True) for student in students]
+        return torch.stack(losses).sum()
 
 
 def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> FastBert:
