@@ -3,6 +3,7 @@
 from ragged_exit.testing.compare import (
     Margin,
     MarginReport,
+    MarginTally,
     OracleDecision,
     assert_compacted,
     assert_error_budget,
@@ -16,6 +17,7 @@ from ragged_exit.testing.compare import (
     step_oracle,
 )
 from ragged_exit.testing.factories import (
+    every_rule,
     qkv_views,
     random_batch,
     random_distances,
@@ -29,6 +31,7 @@ from ragged_exit.testing.factories import (
 __all__ = [
     "Margin",
     "MarginReport",
+    "MarginTally",
     "OracleDecision",
     "assert_compacted",
     "assert_error_budget",
@@ -38,6 +41,7 @@ __all__ = [
     "attention_oracle",
     "decide_oracle",
     "decision_margin",
+    "every_rule",
     "qkv_views",
     "quiet_threshold",
     "random_batch",

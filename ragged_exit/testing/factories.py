@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
-from ragged_exit.rules import ExitRule
+from ragged_exit.rules import (
+    ENTROPY_DIALECTS,
+    ConfidentPatience,
+    DistanceEntropy,
+    Energy,
+    Entropy,
+    ExitRule,
+    LearnedUncertainty,
+    MaxProb,
+    Patience,
+)
 
 Device = torch.device | str
 
@@ -18,6 +28,20 @@ Device = torch.device | str
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator with this seed."""
     return torch.Generator().manual_seed(seed)
+
+
+def every_rule() -> list[ExitRule]:
+    """A rule of every score, entropy dialect and order of distances; some random rows leave by each, some stay."""
+    return [
+        *(Entropy(0.4, dialect=dialect) for dialect in ENTROPY_DIALECTS),
+        MaxProb(0.6),
+        Energy(0.3, temperature=2.0),
+        LearnedUncertainty(0.5),
+        Patience(2),
+        ConfidentPatience(2, tolerance=0.4),
+        DistanceEntropy(0.4),
+        DistanceEntropy(0.4, lam=3.0, dr_order="distance"),
+    ]
 
 
 def random_lengths(rows: int, longest: int, generator: torch.Generator) -> list[int]:

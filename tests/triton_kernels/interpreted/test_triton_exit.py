@@ -12,11 +12,12 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import ExitDecision, exit_decide, exit_step
 from ragged_exit.ops.triton import plan
-from ragged_exit.rules import DistanceEntropy, Energy, Entropy, ExitRule, LearnedUncertainty, MaxProb, Patience
+from ragged_exit.rules import DistanceEntropy, Energy, Entropy, ExitRule, MaxProb, Patience
 from ragged_exit.testing import (
     assert_plan,
     assert_same_decisions,
     decision_margin,
+    every_rule,
     random_batch,
     random_head,
     random_lengths,
@@ -29,16 +30,6 @@ from ragged_exit.testing import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity
 
 HIDDEN = 40  # no power of two
-RULES = (
-    Entropy(0.5),
-    Entropy(0.5, dialect="categorical"),
-    MaxProb(0.7, temperature=1.5),
-    Energy(0.2),
-    LearnedUncertainty(0.5),
-    Patience(2),
-    DistanceEntropy(0.4),
-    DistanceEntropy(0.4, dr_order="distance"),
-)
 
 
 def make(
@@ -69,7 +60,7 @@ def bits(decision: ExitDecision) -> list[bytes]:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", every_rule(), ids=repr)
 def test_rules(rule, pooling):
     batch, head = make(rule, 3, pooling=pooling, pooled_size=24)
     check(batch, head, rule)
