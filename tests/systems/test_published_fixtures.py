@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ import ragged_exit as rx
 from ragged_exit.models.base import ExitPoint
 
 MARGIN = 1e-5  # |score - threshold| (patience: of what it counts) where a decision may fall either way
-TOLERANCE = 3e-5  # |logit - the original's|
-CONDITION = 4  # ... or so many times what the original's own fp32 is away from float64
+TOLERANCE = 3e-5  # |logit - the original's| at every exit where the original itself is within half of it of float64
+BUDGET = 2  # x the original's own root mean square error to float64, everywhere
+# FastBERT's random weights amplify from its fourth exit on: with every operation in float64 and only the outputs of its
+# linears and norms rounded to fp32, logits move by 6e-5, and the original is 1e-4 from float64. So no fp32 path but the
+# original's own bits stays within 3e-5 of it there, and the root mean square says whether ours is as good.
+ORIGINALS_RMS = 1.5e-5  # the original's error to our float64: larger if it were our formulas that differ
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,15 @@ def inputs(file: dict[str, Any]) -> dict[str, Tensor]:
     return {name: file[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
 
 
-def conditioned_tolerance(model: rx.EarlyExitModel, file: dict[str, Any]) -> float:
-    """3e-5, or 4 times the original's own fp32 error where its random weights amplify more (FastBERT's do)."""
-    original = file["all_layer_logits"] if "all_layer_logits" in file else file.get("full", {}).get("logits")
-    if original is None:
-        return TOLERANCE
+def exact_logits(model: rx.EarlyExitModel, file: dict[str, Any]) -> Tensor:
+    """Every exit's logits in float64, ``[B, exits, C]``."""
     with torch.no_grad():
-        points = model.double().exit_points(**inputs(file))
-    model.float()
-    exact = torch.stack([point.output.logits for point in points], 1)  # [B, L, C]
-    return max(TOLERANCE, CONDITION * float((original - exact).abs().max()))
+        points = copy.deepcopy(model).double().exit_points(**inputs(file))
+    return torch.stack([point.output.logits for point in points], 1)
+
+
+def rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt())
 
 
 def near_ties(points: list[ExitPoint], rule: rx.ExitRule) -> Tensor:
@@ -123,11 +127,11 @@ def near_ties(points: list[ExitPoint], rule: rx.ExitRule) -> Tensor:
 def test_every_run_of_the_original_is_answered_the_same(
     fixture: Fixture, file: dict[str, Any], model: rx.EarlyExitModel, impl: str, record_property: Any
 ) -> None:
-    tolerance = conditioned_tolerance(model, file)
+    exact = exact_logits(model, file)
     with torch.no_grad():
         points = model.exit_points(**inputs(file))
     ties = rows = 0
-    worst = 0.0
+    compared = []
     for run in file["runs"]:
         rule = fixture.rule(run)
         tie = near_ties(points, rule)
@@ -141,12 +145,24 @@ def test_every_run_of_the_original_is_answered_the_same(
         expected = run["paths"].argmax(1) + 1 if "paths" in run else run["exit_layer"]
         assert torch.equal(got[~tie], expected[~tie]), rule
         same = got == expected
-        torch.testing.assert_close(output.logits[same], run["logits"][same], rtol=0, atol=tolerance)
-        worst = max(worst, float((output.logits - run["logits"])[same].abs().max()))
+        logits = torch.stack((output.logits, run["logits"], exact[torch.arange(len(got)), expected - 1]))
+        compared.append((expected[same], logits[:, same]))
         ties, rows = ties + int(tie.sum()), rows + len(tie)
+    exits = torch.cat([place for place, _ in compared])
+    ours, originals, exact = torch.cat([logits for _, logits in compared], 1)  # each [rows of all runs, C]
+    worst = float((ours - originals).abs().max())
     record_property("largest logit error", worst)
-    print(f"{rows} rows, {ties} inside the margin, largest |logit - original| {worst:.1e}, allowed {tolerance:.1e}")
+    print(f"{rows} rows, {ties} inside the margin, largest |logit - original| {worst:.1e}")
     assert ties <= 0.01 * rows
+    for place in exits.unique():
+        here = exits == place
+        if (originals - exact)[here].abs().max() <= TOLERANCE / 2:
+            torch.testing.assert_close(ours[here], originals[here], rtol=0, atol=TOLERANCE)
+        else:
+            assert fixture.name == "fastbert_c3" and place >= 4
+    own_error = rms(originals - exact)
+    assert own_error <= ORIGINALS_RMS
+    assert rms(ours - exact) <= BUDGET * own_error
 
 
 @pytest.mark.parametrize("impl", ["model", *impls()])
