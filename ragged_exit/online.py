@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ragged_exit.rules import RULES, ExitRule, ScoreSpec
+from ragged_exit.rules import RULES, ExitRule, MaxProb, ScoreSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class UcbMaxProb(ExitRule):
     def threshold(self) -> float:  # type: ignore[override]
         """The arm with the best mean reward, for whoever does not ask ``start``."""
         return float(self.arms[max(range(len(self.arms)), key=self._mean)])
+
+    def with_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
+        """The bandit replaced by a threshold that stays."""
+        return MaxProb(threshold, compare=self.compare)
 
     @property
     def spec(self) -> ScoreSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -87,6 +87,10 @@ class ExitRule:
     def threshold_at(self, exit_index: int) -> float:
         """The threshold of the ``exit_index``-th exit (0-based)."""
         return float(self.threshold[exit_index] if isinstance(self.threshold, Sequence) else self.threshold)
+
+    def with_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
+        """This rule with another threshold; patience rules: with another patience."""
+        return replace(self, threshold=threshold)  # type: ignore[type-var]
 
     def initial_state(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Row state that the rule starts with: name -> ``[rows, ...]``."""
@@ -207,6 +211,9 @@ class _Counting(ExitRule):
     @property
     def spec(self) -> ScoreSpec:
         return ScoreSpec(self.score, self.compare, tolerance=self.tolerance)
+
+    def with_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
+        return replace(self, patience=threshold)  # type: ignore[arg-type]
 
     def threshold_at(self, exit_index: int) -> float:
         patience = super().threshold_at(exit_index)

@@ -17,12 +17,13 @@ from ragged_exit.bench.compare import compare
 from ragged_exit.bench.report import Report
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
-from ragged_exit.calibration.threshold import Point, accuracy_curve, choose_threshold
+from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
 from ragged_exit.data import TextData, read_text_data, split_by_hash
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import load
 from ragged_exit.rules import Entropy
-from ragged_exit.training.heads import fit_heads
+from ragged_exit.training.examples import Examples
+from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
 
@@ -75,14 +76,9 @@ def run_bench(
     assert valid.labels is not None
     say("choosing the threshold on validation rows")
     table = exit_table(accelerate(model), valid.sequences)
-    curve = accuracy_curve(table, valid.labels)
-    if threshold is None:
-        chosen = choose_threshold(table, valid.labels)
-    else:
-        logits, layers = table.answers_at(threshold)
-        right = (logits.argmax(1) == valid.labels).double().mean()
-        chosen = Point(threshold, float(right), float(layers.double().mean()))
-    say(f"threshold {chosen.threshold:.4f}: validation accuracy {100 * chosen.accuracy:.2f} %")
+    curve = quality_curve(table, valid.labels)
+    chosen = choose_threshold(table, valid.labels) if threshold is None else point_at(table, valid.labels, threshold)
+    say(f"threshold {chosen.threshold:.4f}: validation accuracy {100 * chosen.quality:.2f} %")
     return compare(
         prepared.title,
         model,
@@ -119,12 +115,7 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
     model = DeeBert.from_backbone(source, num_labels=num_labels, pooling="mean")
     say(f"fitting heads on {len(train):,} rows, the backbone frozen")
     assert train.labels is not None and valid.labels is not None
-    fit_heads(
-        model,
-        (train.sequences, train.labels.tolist()),
-        (valid.sequences, valid.labels.tolist()),
-        fit_final=True,
-        seed=seed,
-    )
+    sets = (Examples(part.sequences, part.labels.tolist()) for part in (train, valid))
+    fit(model, *sets, freeze_backbone=True, seed=seed)
     model.save_pretrained(cached)
     return model

@@ -25,12 +25,12 @@ def draw_report(report: Report, path: Path) -> None:
     axes[0].set(xlabel="exit layer", ylabel="rows", title="where rows leave", xticks=list(layers))
     axes[0].legend()
     if report.curve:
-        depth = [point.mean_exit_layer for point in report.curve]
-        axes[1].plot(depth, [100 * point.accuracy for point in report.curve], ".-", color="#4477aa", label="validation")
+        depth = [point.mean_executed_layers for point in report.curve]
+        axes[1].plot(depth, [100 * point.quality for point in report.curve], ".-", color="#4477aa", label="validation")
         if report.chosen is not None:
             chosen = report.chosen
             label = f"chosen: entropy < {chosen.threshold:.3f}"
-            axes[1].plot(chosen.mean_exit_layer, 100 * chosen.accuracy, "o", color="#cc6677", label=label)
+            axes[1].plot(chosen.mean_executed_layers, 100 * chosen.quality, "o", color="#cc6677", label=label)
         axes[1].set(xlabel="mean exit layer", ylabel="accuracy, %", title="accuracy against depth")
         axes[1].legend()
     rate = axes[-1]

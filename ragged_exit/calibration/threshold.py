@@ -1,47 +1,64 @@
-"""The loosest threshold that keeps accuracy, and the curve it was picked from."""
+"""Thresholds from validation data: the curve of quality against depth, and the points to pick on it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ragged_exit.calibration.exit_table import ExitTable
 
+Quality = Callable[[Tensor, Tensor], float]  # (logits [N, C], labels [N]) -> larger is better
+
 
 class Point(NamedTuple):
-    """One threshold on validation data: accuracy in [0, 1] and the mean exit layer."""
+    """One threshold (or patience) on validation data: its quality, and the mean of ``executed_layers``."""
 
     threshold: float
-    accuracy: float
-    mean_exit_layer: float
+    quality: float
+    mean_executed_layers: float
 
 
-def accuracy_curve(table: ExitTable, labels: Tensor, *, points: int = 64) -> list[Point]:
-    """Accuracy and mean exit layer at ``points`` quantiles of the scores, from never leaving early to always."""
-    early = table.scores[:-1].flatten()
-    early = early[early.isfinite()]
-    quantiles = torch.quantile(early[:: max(1, len(early) // 100_000)].double(), torch.linspace(0, 1, points).double())
-    if table.compare.startswith(">"):
-        quantiles = quantiles.flip(0)
-    return [_point(table, labels, threshold) for threshold in quantiles.unique_consecutive().tolist()]
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows whose largest logit is their label's, in [0, 1]."""
+    return float((logits.argmax(1) == labels).double().mean())
 
 
-def choose_threshold(table: ExitTable, labels: Tensor, *, max_drop: float = 0.005, points: int = 64) -> Point:
-    """The point with the smallest mean exit layer among those whose accuracy is within ``max_drop`` of full depth.
+def point_at(table: ExitTable, labels: Tensor, threshold: float, quality: Quality = accuracy) -> Point:
+    """What this threshold (or patience) gives."""
+    replay = table.at(threshold)
+    return Point(threshold, quality(replay.logits, labels), float(replay.executed_layers.double().mean()))
 
-    Ties in depth go to the higher accuracy. Choose on validation data, report on other data.
+
+def quality_curve(table: ExitTable, labels: Tensor, *, quality: Quality = accuracy, points: int = 64) -> list[Point]:
+    """Quality and mean executed layers from never leaving early to (nearly) always; see ``ExitTable.candidates``."""
+    return [point_at(table, labels, threshold, quality) for threshold in table.candidates(points)]
+
+
+def choose_threshold(
+    table: ExitTable, labels: Tensor, *, max_drop: float = 0.005, quality: Quality = accuracy, points: int = 64
+) -> Point:
+    """The point with the fewest executed layers among those whose quality is within ``max_drop`` of the last exit's.
+
+    Ties in depth go to the higher quality; where no point qualifies, nobody leaves early. Choose on validation data,
+    report on other data.
     """
-    full = float((table.logits[-1].argmax(1) == labels).double().mean())
-    allowed = [point for point in accuracy_curve(table, labels, points=points) if point.accuracy >= full - max_drop]
+    full = quality(table.logits[-1], labels)
+    curve = quality_curve(table, labels, quality=quality, points=points)
+    allowed = [point for point in curve if point.quality >= full - max_drop]
+    return min(allowed, key=lambda point: (point.mean_executed_layers, -point.quality)) if allowed else curve[0]
+
+
+def threshold_for_layers(table: ExitTable, mean_layers: float, *, points: int = 512) -> float:
+    """The threshold (or patience) that runs the most layers on average, but not more than ``mean_layers``.
+
+    Raises ValueError where even the loosest candidate runs more.
+    """
+    depths = {
+        threshold: float(table.at(threshold).executed_layers.double().mean()) for threshold in table.candidates(points)
+    }
+    allowed = [threshold for threshold, depth in depths.items() if depth <= mean_layers]
     if not allowed:
-        never = -1.0 if table.compare.startswith("<") else 2.0
-        return _point(table, labels, never)
-    return min(allowed, key=lambda point: (point.mean_exit_layer, -point.accuracy))
-
-
-def _point(table: ExitTable, labels: Tensor, threshold: float) -> Point:
-    logits, exit_layer = table.answers_at(threshold)
-    accuracy = float((logits.argmax(1) == labels).double().mean())
-    return Point(threshold, accuracy, float(exit_layer.double().mean()))
+        raise ValueError(f"mean_layers: expected at least {min(depths.values()):.2f}, got {mean_layers}")
+    return max(allowed, key=depths.__getitem__)
