@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRITONS := 3.6.0 3.7.1 3.9.0  # the oldest supported, the pinned and the newest supported
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: bench test lint format fuzz aot gpu clean
+.PHONY: bench test lint format fuzz aot gpu clean $(TRITONS:%=aot-%)
 
 bench: $(STAMP)  ## score the embedded default, print the table, write the picture
 	$(BIN)/ragged-exit bench --json ragged_exit_bench.json --plot ragged_exit_bench.png
@@ -25,8 +26,17 @@ format: $(STAMP)
 fuzz: $(STAMP)  ## the long op suite: >= 100,000 rows an implementation
 	$(BIN)/python -m pytest -s -m slow tests/fuzz
 
-aot: $(STAMP)  ## compile every Triton kernel for sm_80 and sm_90, compare registers and spills with the committed table
-	$(BIN)/python benchmarks/aot.py --check
+# Add --keep-going to see what differs under every version; AOT=--update rewrites the committed table.
+AOT ?= --check
+aot: $(TRITONS:%=aot-%)  ## compile every Triton kernel for sm_80 and sm_90, compare registers and spills with the table
+
+$(TRITONS:%=aot-%): aot-%: .aot/triton-%/.installed
+	PYTHONPATH=$(CURDIR)/.aot/triton-$*$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python benchmarks/aot.py $(AOT) --triton $*
+
+.aot/triton-%/.installed: | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$*
+	touch $@
 
 # On a CUDA machine: builds in place with what is installed there; no network, no virtual environment.
 gpu:
@@ -42,4 +52,4 @@ $(STAMP): $(SOURCES)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info ragged_exit/_native*.so
+	rm -rf $(VENV) .aot build *.egg-info ragged_exit/_native*.so

@@ -4,6 +4,8 @@
     python benchmarks/aot.py --check     ... and fail on a spill or a difference from the committed table
     python benchmarks/aot.py --update    ... and rewrite this triton version's part of it
     python benchmarks/aot.py --smoke     only the cases that CI runs, for sm_90
+    make aot                             --check under the oldest, the pinned and the newest supported triton
+    make aot AOT=--update                --update under all three
 
 The launchers run on CPU tensors with the launch itself replaced, so what is compiled is what they would launch:
 the same tile sizes, constants and argument specialisations. Registers, stack and local memory come from the
@@ -49,9 +51,9 @@ class Launch(NamedTuple):
     """One kernel launch as the compiler sees it."""
 
     kernel: JITFunction
-    signature: dict[str, str]
-    constants: dict[str, object]
-    attributes: dict[tuple[int], list]
+    signature: dict[str, object]
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
     options: dict[str, object]
 
     def compile(self, capability: int) -> triton.compiler.CompiledKernel:
@@ -75,28 +77,28 @@ def as_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
     """What triton's own launcher would make of these arguments."""
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature: dict[str, str] = {}
-    constants: dict[str, object] = {}
-    attributes: dict[tuple[int], list] = {}
-    for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
+    launch = Launch(kernel, {}, {}, {}, options)
+
+    def type_of(place: tuple[int, ...], value: object, constant: bool, special: bool) -> object:
+        if isinstance(value, tuple) and not constant:
+            return type(value)(*(type_of((*place, i), item, False, special) for i, item in enumerate(value)))
+        if constant or value is None or (special and type(value) is int and value == 1):
+            launch.constants[place] = value
+            return "constexpr"
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+            kind, aligned = _POINTERS[value.dtype], value.data_ptr() % 16 == 0
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-            aligned = False
+            kind, aligned = "fp32", False
         else:
-            signature[parameter.name] = "i32"
-            aligned = value % 16 == 0
+            kind, aligned = "i32", value % 16 == 0
         if special and aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return Launch(kernel, signature, constants, attributes, options)
+            launch.attributes[place] = [["tt.divisibility", 16]]
+        return kind
+
+    for place, parameter in enumerate(kernel.params):
+        special = not parameter.do_not_specialize
+        launch.signature[parameter.name] = type_of((place,), values[parameter.name], parameter.is_constexpr, special)
+    return launch
 
 
 @contextmanager
@@ -292,7 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
     mode.add_argument("--check", action="store_true", help="fail on a difference from the committed table")
     mode.add_argument("--update", action="store_true", help="rewrite the table of this triton version")
     parser.add_argument("--smoke", action="store_true", help="only the cases that CI runs, for sm_90")
+    parser.add_argument("--triton", metavar="VERSION", help="fail unless this is the triton that runs")
     options = parser.parse_args(arguments)
+    if options.triton not in (None, triton.__version__):
+        parser.error(
+            f"--triton {options.triton} was asked for, and {triton.__version__} is imported ({triton.__file__})"
+        )
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile")
     if options.update and options.smoke:
@@ -305,9 +312,12 @@ def main(arguments: list[str] | None = None) -> int:
         TABLE.write_text(as_json(tables | {triton.__version__: found}))
     elif options.check:
         if triton.__version__ in tables:
-            problems += differences(found, tables[triton.__version__], whole=not options.smoke)
+            changed = differences(found, tables[triton.__version__], whole=not options.smoke)
         else:
-            print(f"{TABLE.name} has no table for triton {triton.__version__}, only for {', '.join(tables)}")
+            changed = [f"{TABLE.name} has no table for triton {triton.__version__}, only for {', '.join(tables)}"]
+        if changed:
+            changed.append(f"if this is meant: make aot AOT=--update, and commit {TABLE.name} with the change")
+        problems += changed
     for problem in problems:
         print(problem)
     return 1 if problems else 0
