@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,14 +33,32 @@ def packed(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def rule_arguments(spec: ScoreSpec, threshold: Tensor, classes: int, final: bool) -> dict:
+class RuleArguments(NamedTuple):
+    """What a kernel judges a row by: f32 ``[1]`` or ``[Bcap]``, the patience state, and the numbers of the rule."""
+
+    threshold: Tensor
+    counter: Tensor | None
+    previous: Tensor | None
+    tolerance: float
+    temperature: float
+    lam: float
+    log_classes: float
+
+
+def rule_arguments(
+    spec: ScoreSpec, threshold: Tensor, counter: Tensor | None, previous: Tensor | None, classes: int, final: bool
+) -> dict:
     """The kernel arguments that say which score, comparison and threshold a row gets."""
     return {
-        "threshold_ptr": packed(threshold),
-        "tolerance": spec.tolerance,
-        "temperature": spec.temperature,
-        "lam": spec.lam,
-        "log_classes": math.log(classes),
+        "rule": RuleArguments(
+            threshold.contiguous(),
+            packed(counter),
+            packed(previous),
+            spec.tolerance,
+            spec.temperature,
+            spec.lam,
+            math.log(classes),
+        ),
         "SCORE": spec.score,
         "COMPARE": spec.compare,
         "DR_ORDER": spec.dr_order,
@@ -68,18 +87,9 @@ def new_outputs(classes: int, cu_seqlens: Tensor, counts: bool) -> ExitTensors:
     )
 
 
-def output_arguments(outputs: ExitTensors) -> dict:
-    """The kernel arguments through which ``outputs`` are written."""
-    return {
-        "logits_out_ptr": outputs.logits,
-        "score_ptr": outputs.score,
-        "exits_ptr": outputs.exits.view(torch.uint8),
-        "survivors_ptr": outputs.survivors,
-        "new_cu_ptr": outputs.cu_seqlens,
-        "new_live_ptr": outputs.live,
-        "new_counter_ptr": outputs.counter,
-        "new_previous_ptr": outputs.previous,
-    }
+def as_pointers(outputs: ExitTensors) -> ExitTensors:
+    """``outputs`` as a kernel takes them: it has no pointers to bool."""
+    return outputs._replace(exits=outputs.exits.view(torch.uint8))
 
 
 @triton.jit(do_not_specialize=["row_capacity"])
@@ -88,30 +98,17 @@ def exit_decide_kernel(
     signal_ptr,  # f32 [row_capacity] or [row_capacity, C]
     cu_ptr,
     live_ptr,
-    counter_ptr,
-    previous_ptr,
-    threshold_ptr,
+    rule,  # RuleArguments
     ticket_ptr,
-    logits_out_ptr,  # f32 [row_capacity, C]
-    score_ptr,
-    exits_ptr,
-    survivors_ptr,
-    new_cu_ptr,
-    new_live_ptr,
-    new_counter_ptr,
-    new_previous_ptr,
+    out,  # ExitTensors
     row_capacity,
-    tolerance,
-    temperature,
-    lam,
-    log_classes,
     SCORE: tl.constexpr,
     COMPARE: tl.constexpr,
     DR_ORDER: tl.constexpr,
     PER_ROW: tl.constexpr,
     FINAL: tl.constexpr,
     C: tl.constexpr,
-    COPY: tl.constexpr,  # False when the logits were written to logits_out already
+    COPY: tl.constexpr,  # False when the logits are out.logits already
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SCAN_BLOCK: tl.constexpr,
@@ -124,24 +121,15 @@ def exit_decide_kernel(
         for start in range(0, C, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
             z = load_tile(logits_ptr, rows, alive, cols, C, 0.0)  # [BLOCK_R, BLOCK_C]
-            tl.store(logits_out_ptr + rows[:, None] * C + cols[None, :], z, mask=within[:, None] & (cols < C)[None, :])
+            tl.store(out.logits + rows[:, None] * C + cols[None, :], z, mask=within[:, None] & (cols < C)[None, :])
     decide_rows(
         logits_ptr,
         signal_ptr,
-        counter_ptr,
-        previous_ptr,
-        threshold_ptr,
-        score_ptr,
-        exits_ptr,
-        new_counter_ptr,
-        new_previous_ptr,
+        rule,
+        out,
         rows,
         within,
         alive,
-        tolerance,
-        temperature,
-        lam,
-        log_classes,
         SCORE,
         COMPARE,
         DR_ORDER,
@@ -152,7 +140,7 @@ def exit_decide_kernel(
         BLOCK_C,
     )
     if arrived_last(ticket_ptr, tl.num_programs(0)):
-        scan_plan(exits_ptr, cu_ptr, live_ptr, survivors_ptr, new_cu_ptr, new_live_ptr, row_capacity, SCAN_BLOCK)
+        scan_plan(cu_ptr, live_ptr, out, row_capacity, SCAN_BLOCK)
 
 
 @on_its_device
@@ -194,15 +182,13 @@ def launch_decide(
         signal_ptr=packed(signal),
         cu_ptr=packed(cu_seqlens),
         live_ptr=packed(live),
-        counter_ptr=packed(counter),
-        previous_ptr=packed(previous),
         ticket_ptr=tickets(1, logits.device),
+        out=as_pointers(outputs),
         row_capacity=rows,
         COPY=logits is not outputs.logits,
         SCAN_BLOCK=SCAN_BLOCK,
         num_warps=4,
         enable_fp_fusion=FP_FUSION,
         **tile,
-        **rule_arguments(spec, threshold, classes, final),
-        **output_arguments(outputs),
+        **rule_arguments(spec, threshold, counter, previous, classes, final),
     )

@@ -22,10 +22,10 @@ from ragged_exit.ops.triton.device import cosine_distance, dot, linear_tile, nar
 from ragged_exit.ops.triton.exit_decide import (
     MAX_CLASS_TILE,
     SCAN_BLOCK,
+    as_pointers,
     class_tile,
     launch_decide,
     new_outputs,
-    output_arguments,
     packed,
     rule_arguments,
 )
@@ -51,25 +51,12 @@ def exit_step_kernel(
     prototype_weight_ptr,  # [D, H]
     prototype_bias_ptr,
     prototypes_ptr,  # [C, D]
-    counter_ptr,
-    previous_ptr,
-    threshold_ptr,
+    rule,  # RuleArguments
     partial_ptr,  # f32 [tiles, row_capacity, SLOTS]
     signal_ptr,  # f32 [row_capacity] or [row_capacity, C]
     ticket_ptr,  # i32 [1 + row blocks]
-    logits_out_ptr,  # f32 [row_capacity, C]
-    score_ptr,
-    exits_ptr,
-    survivors_ptr,
-    new_cu_ptr,
-    new_live_ptr,
-    new_counter_ptr,
-    new_previous_ptr,
+    out,  # ExitTensors
     row_capacity,
-    tolerance,
-    temperature,
-    lam,
-    log_classes,
     SCORE: tl.constexpr,
     COMPARE: tl.constexpr,
     DR_ORDER: tl.constexpr,
@@ -150,7 +137,7 @@ def exit_step_kernel(
                 partial_ptr,
                 classifier_bias_ptr,
                 uncertainty_bias_ptr,
-                logits_out_ptr,
+                out.logits,
                 signal_ptr,
                 rows,
                 within,
@@ -166,22 +153,13 @@ def exit_step_kernel(
             )
             tl.debug_barrier()  # the scores read what combine_parts stored
             decide_rows(
-                logits_out_ptr,
+                out.logits,
                 signal_ptr,
-                counter_ptr,
-                previous_ptr,
-                threshold_ptr,
-                score_ptr,
-                exits_ptr,
-                new_counter_ptr,
-                new_previous_ptr,
+                rule,
+                out,
                 rows,
                 within,
                 alive,
-                tolerance,
-                temperature,
-                lam,
-                log_classes,
                 SCORE,
                 COMPARE,
                 DR_ORDER,
@@ -192,7 +170,7 @@ def exit_step_kernel(
                 BLOCK_C,
             )
         if arrived_last(ticket_ptr, tl.num_programs(1)):
-            scan_plan(exits_ptr, cu_ptr, live_ptr, survivors_ptr, new_cu_ptr, new_live_ptr, row_capacity, SCAN_BLOCK)
+            scan_plan(cu_ptr, live_ptr, out, row_capacity, SCAN_BLOCK)
 
 
 @triton.jit
@@ -383,17 +361,15 @@ def exit_step(
         return outputs
     slots = classes + (0 if signal is None else 1) + (0 if head.prototypes is None else classes)
     exit_step_kernel[grid](
-        counter_ptr=packed(counter),
-        previous_ptr=packed(previous),
         partial_ptr=torch.empty(grid[0], rows, slots, dtype=torch.float32, device=device),
         ticket_ptr=tickets(1 + grid[1], device),
+        out=as_pointers(outputs),
         SLOTS=slots,
         SCAN_BLOCK=SCAN_BLOCK,
         **pooler,
         **classifier,
         **class_tile(classes, tile["BLOCK_B"]),
-        **rule_arguments(spec, threshold, classes, final),
-        **output_arguments(outputs),
+        **rule_arguments(spec, threshold, counter, previous, classes, final),
     )
     return outputs
 

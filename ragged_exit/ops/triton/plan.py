@@ -22,8 +22,8 @@ def arrived_last(ticket_ptr, expected):
 
 
 @triton.jit
-def scan_plan(exits_ptr, cu_ptr, live_ptr, survivors_ptr, new_cu_ptr, new_live_ptr, row_capacity, BLOCK: tl.constexpr):
-    """survivors (then -1), their cu_seqlens (constant past them) and live, from the exits of all rows."""
+def scan_plan(cu_ptr, live_ptr, out, row_capacity, BLOCK: tl.constexpr):
+    """survivors (then -1), their cu_seqlens (constant past them) and live of ``out``, from its exits of all rows."""
     live_rows = tl.load(live_ptr)
     kept = 0
     tokens = 0
@@ -31,24 +31,24 @@ def scan_plan(exits_ptr, cu_ptr, live_ptr, survivors_ptr, new_cu_ptr, new_live_p
         rows = start + tl.arange(0, BLOCK)
         within = rows < row_capacity
         # .cg: other programs wrote the exits, and the L1 cache of this multiprocessor would not know
-        exits = tl.load(exits_ptr + rows, mask=within, other=1, cache_modifier=".cg")
+        exits = tl.load(out.exits + rows, mask=within, other=1, cache_modifier=".cg")
         stays = (within & (rows < live_rows) & (exits == 0)).to(tl.int32)
         begin = tl.load(cu_ptr + rows, mask=within, other=0)
         length = (tl.load(cu_ptr + rows + 1, mask=within, other=0) - begin) * stays
         place = kept + tl.cumsum(stays, 0)  # 1-based
         end = tokens + tl.cumsum(length, 0)
-        tl.store(survivors_ptr + place - 1, rows, mask=stays != 0)
-        tl.store(new_cu_ptr + place, end, mask=stays != 0)
+        tl.store(out.survivors + place - 1, rows, mask=stays != 0)
+        tl.store(out.cu_seqlens + place, end, mask=stays != 0)
         kept += tl.sum(stays, 0)
         tokens += tl.sum(length, 0)
     for start in range(0, row_capacity, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         free = (rows >= kept) & (rows < row_capacity)
-        tl.store(survivors_ptr + rows, -1, mask=free)
-        tl.store(new_cu_ptr + rows + 1, tokens, mask=free)
-    tl.store(new_cu_ptr, 0)
-    tl.store(new_live_ptr, kept)
-    tl.store(new_live_ptr + 1, tokens)
+        tl.store(out.survivors + rows, -1, mask=free)
+        tl.store(out.cu_seqlens + rows + 1, tokens, mask=free)
+    tl.store(out.cu_seqlens, 0)
+    tl.store(out.live, kept)
+    tl.store(out.live + 1, tokens)
 
 
 _ARENA = 1 << 18  # 1 MiB of tickets a device: a captured call takes 1 + row blocks of them, for good

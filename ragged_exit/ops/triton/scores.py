@@ -133,20 +133,11 @@ def distance_ratio(
 def decide_rows(
     logits_ptr,  # [rows, C]
     signal_ptr,  # f32 [rows] uncertainty or [rows, C] distances, where the score needs one
-    counter_ptr,
-    previous_ptr,
-    threshold_ptr,
-    score_ptr,
-    exits_ptr,
-    new_counter_ptr,
-    new_previous_ptr,
+    rule,  # RuleArguments
+    out,  # ExitTensors
     rows,  # [BLOCK_R] int64
     within,  # [BLOCK_R] rows that exist
     alive,  # [BLOCK_R] rows that count
-    tolerance,
-    temperature,
-    lam,
-    log_classes,
     SCORE: tl.constexpr,
     COMPARE: tl.constexpr,
     DR_ORDER: tl.constexpr,
@@ -160,42 +151,42 @@ def decide_rows(
     top, top_at, _, second_at, broken = two_largest(logits_ptr, rows, alive, 1, C, BLOCK_R, BLOCK_C)
     top = tl.where(broken, float("nan"), top)
     if SCORE == "patience" or SCORE == "confident_patience":
-        counter = tl.load(counter_ptr + rows, mask=within, other=0)
-        previous = tl.load(previous_ptr + rows, mask=within, other=0.0)
+        counter = tl.load(rule.counter + rows, mask=within, other=0)
+        previous = tl.load(rule.previous + rows, mask=within, other=0.0)
         if SCORE == "confident_patience":
             current = previous
-            spread = entropy(logits_ptr, rows, alive, top, log_classes, "entropy_categorical", C, BLOCK_R, BLOCK_C)
-            agrees = spread < tolerance
+            spread = entropy(logits_ptr, rows, alive, top, rule.log_classes, "entropy_categorical", C, BLOCK_R, BLOCK_C)
+            agrees = spread < rule.tolerance
         elif C == 1:
             current = top
-            agrees = tl.abs(previous - current) < tolerance
+            agrees = tl.abs(previous - current) < rule.tolerance
         else:
             current = top_at.to(tl.float32)
             agrees = current == previous
         counter = tl.where(agrees & ~broken, counter + 1, 0)
-        tl.store(new_counter_ptr + rows, counter, mask=within)
-        tl.store(new_previous_ptr + rows, tl.where(broken, float("nan"), current), mask=within)
+        tl.store(out.counter + rows, counter, mask=within)
+        tl.store(out.previous + rows, tl.where(broken, float("nan"), current), mask=within)
         score = counter.to(tl.float32)
     elif SCORE == "max_prob":
-        score = 1 / exp_sum(logits_ptr, rows, alive, top, temperature, C, BLOCK_R, BLOCK_C)
+        score = 1 / exp_sum(logits_ptr, rows, alive, top, rule.temperature, C, BLOCK_R, BLOCK_C)
     elif SCORE == "energy":
-        total = exp_sum(logits_ptr, rows, alive, tl.zeros_like(top), temperature, C, BLOCK_R, BLOCK_C)
-        score = 1 / (1 + tl.exp(temperature * tl.log(total)))
+        total = exp_sum(logits_ptr, rows, alive, tl.zeros_like(top), rule.temperature, C, BLOCK_R, BLOCK_C)
+        score = 1 / (1 + tl.exp(rule.temperature * tl.log(total)))
     elif SCORE == "uncertainty":
         score = tl.load(signal_ptr + rows, mask=alive, other=0.0).to(tl.float32)
     elif SCORE == "distance_entropy":
-        spread = entropy(logits_ptr, rows, alive, top, log_classes, "entropy_normalised", C, BLOCK_R, BLOCK_C)
+        spread = entropy(logits_ptr, rows, alive, top, rule.log_classes, "entropy_normalised", C, BLOCK_R, BLOCK_C)
         ratio = distance_ratio(signal_ptr, rows, alive, top_at, second_at, DR_ORDER, C, BLOCK_R, BLOCK_C)
-        weight = lam * spread + ratio
-        score = tl.where(weight == 0, 0.0, (lam + 1) * ratio * spread / weight)
+        weight = rule.lam * spread + ratio
+        score = tl.where(weight == 0, 0.0, (rule.lam + 1) * ratio * spread / weight)
     else:
-        score = entropy(logits_ptr, rows, alive, top, log_classes, SCORE, C, BLOCK_R, BLOCK_C)
+        score = entropy(logits_ptr, rows, alive, top, rule.log_classes, SCORE, C, BLOCK_R, BLOCK_C)
     score = tl.where(alive, score, 0.0)
-    tl.store(score_ptr + rows, score, mask=within)
+    tl.store(out.score + rows, score, mask=within)
     if FINAL:
         leaves = alive
     else:
-        threshold = tl.load(threshold_ptr + rows, mask=within, other=0.0) if PER_ROW else tl.load(threshold_ptr)
+        threshold = tl.load(rule.threshold + rows, mask=within, other=0.0) if PER_ROW else tl.load(rule.threshold)
         # False for NaN in every comparison: a NaN never leaves early
         if COMPARE == "<":
             leaves = alive & (score < threshold)
@@ -205,4 +196,4 @@ def decide_rows(
             leaves = alive & (score > threshold)
         else:
             leaves = alive & (score >= threshold)
-    tl.store(exits_ptr + rows, leaves.to(tl.uint8), mask=within)
+    tl.store(out.exits + rows, leaves.to(tl.uint8), mask=within)
