@@ -115,7 +115,9 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
     model = DeeBert.from_backbone(source, num_labels=num_labels, pooling="mean")
     say(f"fitting heads on {len(train):,} rows, the backbone frozen")
     assert train.labels is not None and valid.labels is not None
-    sets = (Examples(part.sequences, part.labels.tolist()) for part in (train, valid))
+    sets = [
+        Examples(part.sequences, labels.tolist()) for part, labels in ((train, train.labels), (valid, valid.labels))
+    ]
     fit(model, *sets, freeze_backbone=True, seed=seed)
     model.save_pretrained(cached)
     return model

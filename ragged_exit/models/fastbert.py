@@ -138,7 +138,7 @@ class FastBert(LayeredModel):
         *students, teacher = (point.output.logits.float().log_softmax(1) for point in points)
         target = teacher.detach()
         losses = [F.kl_div(student, target, reduction="batchmean", log_target=True) for student in students]
-        return torch.stack(losses).sum()
+        return sum(losses, start=target.new_zeros(()))
 
 
 def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> FastBert:

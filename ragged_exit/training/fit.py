@@ -1,0 +1,218 @@
+"""fit: train an early-exit model by its system's recipe, on transformers' Trainer; it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.models.base import ExitPoint
+from ragged_exit.models.highway import MlpExit
+from ragged_exit.models.layered import LayeredModel
+from ragged_exit.training.examples import Examples, FeatureRows, TokenRows, collate
+from ragged_exit.training.features import pooled_features
+from ragged_exit.training.phases import HEADS_ONLY, Batch, Phase, Schedule
+from ragged_exit.training.progress import PhaseBar, track_rows
+from ragged_exit.training.recipes import phases_of
+
+
+def fit(
+    model: LayeredModel,
+    train: Examples,
+    valid: Examples,
+    *,
+    freeze_backbone: bool = False,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    hard: Tensor | None = None,
+    seed: int = 42,
+    bf16: bool = False,
+    work_dir: str | Path | None = None,
+    show_progress: bool = True,
+) -> None:
+    """Train ``model`` in place by its system's recipe (``training.recipes``); it comes back in eval mode.
+
+    freeze_backbone: only heads train. epochs, batch_size: instead of the recipe's, in the phases that run the backbone.
+    learning_rate: in those that train it. When it is frozen, all three hold for all phases. hard: bool ``[N]``, the
+    training rows that were found difficult, for a cascade's first member. bf16: autocast the phases that run the
+    backbone. work_dir: keep a checkpoint an epoch there, and go on from it when called again with the same arguments.
+
+    Where the backbone is frozen and the exits are pooled MLPs, they train on features computed once, until the
+    validation loss stops falling. Raises ValueError when ``work_dir`` holds another run, or labels do not fit.
+    """
+    labels = [part.label_tensor(model.config.num_labels) for part in (train, valid)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if work_dir is None else work_dir)
+        settings = [freeze_backbone, epochs, learning_rate, batch_size, seed, bf16]
+        _claim(folder, model, repr((model.section(), settings, train, valid, None if hard is None else hard.tolist())))
+        for number, phase in enumerate(phases_of(model)):
+            parts = [part for part in phase.parts(model) if not (freeze_backbone and part is model.backbone)]
+            if not any(True for part in parts for _ in part.parameters()):
+                continue  # a model of one exit has none below it
+            training = _Training(model, phase, parts)
+            schedule = HEADS_ONLY if training.on_features else phase.schedule
+            if freeze_backbone or not training.on_features:
+                rate = learning_rate if freeze_backbone or not training.backbone_frozen else None
+                schedule = schedule.changed(epochs, rate, batch_size)
+            done = folder / f"{number}-{phase.name}.safetensors"
+            if done.is_file():
+                training.load_state_dict(load_file(done))
+                continue
+            set_seed(seed)
+            sets = [
+                _rows(training, examples, part_labels, {} if extra is None else {"hard": extra}, show_progress)
+                for examples, part_labels, extra in ((train, labels[0], hard), (valid, labels[1], None))
+            ]
+            hooks = phase.hooks(model)
+            _train(training, schedule, sets, done.with_suffix(""), seed, bf16, show_progress)
+            for hook in hooks:
+                hook.remove()
+            save_file(training.state_dict(), done)
+    model.eval().requires_grad_(True)
+
+
+class _Training(nn.Module):
+    """A phase as Trainer sees it: a module that holds only what trains, and turns a batch into a loss."""
+
+    def __init__(self, model: LayeredModel, phase: Phase, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.whole = (model,)  # in a tuple: no submodule, so that a checkpoint holds the parts only
+        self.phase = phase
+        self.step = 0  # within the epoch
+        self.backbone_frozen = all(part is not model.backbone for part in parts)
+        pooled = all(isinstance(exit_.head, MlpExit) for exit_ in model.layer_exits())
+        self.on_features = self.backbone_frozen and pooled
+        model.requires_grad_(False)
+        self.parts.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> _Training:
+        self.whole[0].eval()  # what is frozen has no dropout
+        super().train(mode)
+        return self
+
+    def forward(  # named arguments only: Trainer adds its own to a **kwargs
+        self,
+        labels: Tensor,
+        hard: Tensor | None = None,
+        features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        model = self.whole[0]
+        if features is not None:
+            points = self._points_on(features)
+        else:
+            assert input_ids is not None and attention_mask is not None
+            points = model.exit_points(input_ids, attention_mask, token_type_ids)
+        loss = self.phase.loss(model, Batch(points, labels, self.step if self.training else None, hard))
+        self.step += self.training
+        return {"loss": loss}
+
+    def _points_on(self, features: Tensor) -> list[ExitPoint]:
+        """features ``[B, L, H]``: to a head, a pooled row ``[H]`` is a sequence of one token."""
+        model, mask = self.whole[0], features.new_ones(len(features), 1)
+        return [
+            ExitPoint(head(features[:, layer - 1, None], mask), model.rule, index, layer, layer)
+            for head, layer, index in model.layer_exits()
+        ]
+
+
+class _CountSteps(TrainerCallback):
+    """Steps count from an epoch's start, which is also where a checkpoint resumes."""
+
+    def on_epoch_begin(self, args, state, control, model, **kwargs) -> None:
+        model.step = 0
+
+
+def _rows(
+    training: _Training, examples: Examples, labels: Tensor, extra: dict[str, Tensor], show_progress: bool
+) -> Dataset:
+    if not training.on_features:
+        return TokenRows(examples, labels, extra)
+    model = training.whole[0]
+    with track_rows(f"features of {len(examples):,} rows", len(examples), show_progress) as advance:
+        features = pooled_features(
+            accelerate(model).encoder,
+            examples.sequences,
+            examples.token_type_ids,
+            pooling=model.pooling,
+            on_rows=advance,
+        )
+    return FeatureRows(features, labels, extra)
+
+
+def _train(
+    training: _Training,
+    schedule: Schedule,
+    sets: list[Dataset],
+    folder: Path,
+    seed: int,
+    bf16: bool,
+    show_progress: bool,
+) -> None:
+    model = training.whole[0]
+    stops = schedule.early_stop is not None
+    callbacks: list[Any] = [_CountSteps(), PhaseBar(f"{model.system}: {training.phase.name}", show_progress)]
+    if stops:
+        callbacks.append(EarlyStoppingCallback(schedule.early_stop))
+    trainer = Trainer(
+        model=training,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            num_train_epochs=schedule.epochs,
+            per_device_train_batch_size=schedule.batch_size,
+            per_device_eval_batch_size=max(64, schedule.batch_size),
+            learning_rate=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+            lr_scheduler_type="linear",
+            warmup_steps=schedule.warmup,
+            bf16=bf16 and not training.on_features,
+            train_sampling_strategy="random" if training.on_features else "group_by_length",
+            remove_unused_columns=False,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=stops,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            restore_callback_states_from_checkpoint=True,
+            report_to=[],
+            logging_strategy="no",
+            disable_tqdm=True,  # ours is one line a phase
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+def _claim(folder: Path, model: LayeredModel, settings: str) -> None:
+    """Start a run in ``folder``, or read the start of the same run there, so that it goes on from equal weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file, start = folder / "run.json", folder / "start.safetensors"
+    run = {"system": model.system, "settings": hashlib.sha256(settings.encode()).hexdigest()}
+    if settings_file.is_file():
+        if json.loads(settings_file.read_text()) != run:
+            raise ValueError(f"work_dir: {folder} holds a run with other arguments; give another folder or delete it")
+        model.load_state_dict(load_file(start))
+        return
+    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, start)
+    settings_file.write_text(json.dumps(run))
