@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tiny import LONGEST, VOCAB, bert_config, padded, randomise, roberta_config
@@ -133,11 +134,22 @@ class Reference:
 
     def closest_tie(self) -> float:
         """How far the nearest of all rows and exits is from another decision, in what the rule goes by."""
-        return min(
-            _tie(before, point)
+        distances = [abs(tip.value - tip.bar) for row in self.tips() for tips in row for tip in tips.values()]
+        return min(distances, default=math.inf)  # a single exit has nothing to compare with
+
+    def tips(self) -> list[list[dict[str, Tip]]]:
+        """For every row and exit, what the decision goes by."""
+        return [
+            [_tips(before, point) for before, point in zip([None, *points[:-1]], points, strict=True)]
             for points in self.points
-            for before, point in zip([None, *points[:-1]], points, strict=True)
-        )
+        ]
+
+
+class Tip(NamedTuple):
+    """A number that a decision goes by, and the bar at which the decision changes."""
+
+    value: float
+    bar: float
 
 
 def _score(point: ExitPoint) -> float:
@@ -148,17 +160,21 @@ def _score(point: ExitPoint) -> float:
     return float(reference.exit_decide(logits, signal, bounds, live, None, None, none, point.rule.spec, False).score)
 
 
-def _tie(before: ExitPoint | None, point: ExitPoint) -> float:
+def _tips(before: ExitPoint | None, point: ExitPoint) -> dict[str, Tip]:
     logits, spec = point.output.logits.double()[0], point.rule.spec
     if spec.score == "confident_patience":
-        return abs(_normalised_entropy(logits) - spec.tolerance)
+        return {"entropy": Tip(_normalised_entropy(logits), spec.tolerance)}
     if spec.score == "patience" and len(logits) == 1:
-        return 1.0 if before is None else float(((logits - before.output.logits).abs() - spec.tolerance).abs().min())
-    distance = float(-logits.sort(descending=True).values.diff().max()) if len(logits) > 1 else 1.0
+        if before is None:
+            return {}
+        return {"change": Tip(float((logits - before.output.logits.double()[0]).abs()), spec.tolerance)}
+    top = logits.sort(descending=True).values
     if spec.score == "patience":
-        return distance
-    choice = distance if spec.score == "distance_entropy" else 1.0  # which classes are the top two
-    return min(choice, abs(_score(point) - point.rule.threshold_at(point.exit_index)))
+        return {"choice": Tip(float(top[0] - top[1]), 0.0)}
+    tips = {"score": Tip(_score(point), point.rule.threshold_at(point.exit_index))}
+    if spec.dr_order == "prob" and spec.score == "distance_entropy":  # the score jumps where the top two change
+        tips["choice"] = Tip(float(-top[:3].diff().max()), 0.0)
+    return tips
 
 
 def _normalised_entropy(logits: Tensor) -> float:
