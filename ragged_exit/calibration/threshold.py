@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ragged_exit.calibration.exit_table import ExitTable
+from ragged_exit.calibration.metrics import accuracy
 
 Quality = Callable[[Tensor, Tensor], float]  # (logits [N, C], labels [N]) -> larger is better
 
@@ -18,11 +19,6 @@ class Point(NamedTuple):
     threshold: float
     quality: float
     mean_executed_layers: float
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share of rows whose largest logit is their label's, in [0, 1]."""
-    return float((logits.argmax(1) == labels).double().mean())
 
 
 def point_at(table: ExitTable, labels: Tensor, threshold: float, quality: Quality = accuracy) -> Point:
