@@ -33,7 +33,8 @@ class RaggedBatch:
     hidden: ``[Tcap, H]``, None before the embeddings. input_ids, token_type_ids, position_ids: int64 ``[T]``, None once
     no later stage needs them. cu_seqlens: int32 ``[Bcap + 1]``, row b owns tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
     live: int32 ``[2]``, the rows and tokens that count: tokens past ``live`` are ignored, rows past it have length 0.
-    seqlens: int32 ``[B]`` on the host, the truth on a CPU and at entry. sample_ids: int64 ``[Bcap]``, the place of
+    seqlens: int32 ``[B]`` on the host, the truth at entry and while ``live_on_host``; a batch that was compacted
+    elsewhere keeps those it came from, whose longest bounds its own. sample_ids: int64 ``[Bcap]``, the place of
     each row in the caller's batch. state: name -> ``[Bcap, ...]``, what rules and heads remember of a row.
     """
 
@@ -50,6 +51,11 @@ class RaggedBatch:
     @property
     def row_capacity(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def live_on_host(self) -> bool:
+        """Whether the host reads ``live`` for nothing. It would wait for a GPU, so there row capacities stay."""
+        return self.device.type == "cpu"
 
     @property
     def rows(self) -> int:

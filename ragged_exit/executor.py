@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch, token_bucket
@@ -71,12 +72,12 @@ class RaggedExecutor:
 
         on_decision sees each stage's decision as it is made (calibration's view).
         """
-        rows = batch.rows
+        rows = asked = batch.rows
         departures: list[tuple[Stage, Tensor, ExitDecision]] = []
         lessons: list[Lesson] = []
         for number, stage in enumerate(self.stages):
             if number == 0 or stage.rule is not self.stages[number - 1].rule:
-                batch = _adopt(stage.rule, batch, lessons, keep_thresholds=number == 0)
+                batch = _adopt(stage.rule, batch, asked, lessons, keep_thresholds=number == 0)
             if stage.restart:
                 batch = stage.encoder.embed(batch)
             if not self._keeps_ids[number]:
@@ -87,14 +88,17 @@ class RaggedExecutor:
             batch, decision = self._ask(stage, batch, final)
             departures.append((stage, batch.sample_ids, decision))
             if lessons and lessons[-1].rule is stage.rule:
-                asked = int(batch.live[0])
                 lessons[-1].note(stage.exit_index, batch.sample_ids[:asked], decision.score[:asked])
             if on_decision is not None:
                 on_decision(decision)
-            left = int(decision.live[0])
+            left, tokens = decision.live.tolist()  # on a GPU the one wait of a stage
             if left == 0:
                 break
-            batch = self._shrink(batch, decision, left)
+            if left < asked:
+                batch = compact(batch, decision, token_bucket(tokens), impl=self.impl)
+            else:  # nobody left: only the rule's state moves on
+                batch = replace(batch, state={**batch.state, **decision.state})
+            asked = left
         record = _record(rows, departures)
         for lesson in lessons:
             lesson.teach()
@@ -110,11 +114,6 @@ class RaggedExecutor:
         return batch, exit_decide(
             batch, output.logits, stage.rule, final, signal=output.signal, exit_index=stage.exit_index, impl=self.impl
         )
-
-    def _shrink(self, batch: RaggedBatch, decision: ExitDecision, left: int) -> RaggedBatch:
-        if left == batch.rows:  # nobody left: only the rule's state moves on
-            return replace(batch, state={**batch.state, **decision.state})
-        return compact(batch, decision, token_bucket(int(decision.live[1])), impl=self.impl)
 
 
 class Lesson:
@@ -141,17 +140,21 @@ class Lesson:
         self.rule.learn(self.thresholds, scores, last)
 
 
-def _adopt(rule: ExitRule, batch: RaggedBatch, lessons: list[Lesson], *, keep_thresholds: bool) -> RaggedBatch:
-    """Give the rows the state that ``rule`` starts with, and its thresholds unless the caller brought some."""
+def _adopt(
+    rule: ExitRule, batch: RaggedBatch, rows: int, lessons: list[Lesson], *, keep_thresholds: bool
+) -> RaggedBatch:
+    """Give the ``rows`` live rows what ``rule`` starts with: state, and thresholds unless the caller brought some."""
     state = batch.state | rule.initial_state(batch.row_capacity, batch.device)
     if not keep_thresholds:
         state.pop("threshold", None)
     if "threshold" not in state:
-        thresholds = rule.start(batch.sample_ids)
+        sample_ids = batch.sample_ids[:rows]
+        thresholds = rule.start(sample_ids)
         if thresholds is not None:
-            state["threshold"] = thresholds = thresholds.to(device=batch.device, dtype=torch.float32)
+            thresholds = thresholds.to(device=batch.device, dtype=torch.float32)
+            state["threshold"] = F.pad(thresholds, (0, batch.row_capacity - rows))
             if rule.learns:
-                lessons.append(Lesson(rule, batch.sample_ids, thresholds))
+                lessons.append(Lesson(rule, sample_ids, thresholds))
     return replace(batch, state=state)
 
 

@@ -21,16 +21,16 @@ def compact(
 ) -> RaggedBatch:
     """The batch of the survivors of ``decision``; tokens past the live ones are zero.
 
-    token_capacity: rows of the new ``hidden`` (default: the survivors' tokens). On a CPU the row capacity shrinks to
-    the survivors; on a GPU it stays, so that no count has to reach the host.
+    token_capacity: rows of the new ``hidden`` (default: the survivors' tokens). Where ``batch.live_on_host`` the row
+    capacity shrinks to the survivors; on a GPU it stays, so that no count has to reach the host, and ``token_capacity``
+    is believed.
 
     Raises ValueError when ``token_capacity`` is smaller than the survivors' tokens, or there are no survivors.
     """
-    on_host = batch.device.type == "cpu"
     seqlens = batch.seqlens
     row_capacity = batch.row_capacity
     cu_seqlens = decision.cu_seqlens
-    if on_host:
+    if batch.live_on_host:
         row_capacity, tokens = decision.live.tolist()
         if row_capacity == 0:
             raise ValueError("decision: nobody survives; there is no batch to make")
