@@ -1,4 +1,4 @@
-"""The command line: ragged-exit bench."""
+"""The command line: ragged-exit bench | fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Early-exit encoders that are fast in batches.")
 console = Console(width=None if sys.stdout.isatty() else 120)  # a file or a pipe has no width of its own
@@ -69,6 +70,62 @@ def bench(
         if path is not None:
             write(path)
             console.print(f"wrote {path}")
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or id of an encoder; of a cascade's largest")],
+    data: Annotated[Path, typer.Argument(help="csv, tsv, jsonl or parquet with text[, text2], label")],
+    out: Annotated[Path, typer.Argument(help="folder for the checkpoint; an unfinished run there goes on")],
+    system: Annotated[str, typer.Option(help="deebert, berxit, de3bert, cascade, pabee, elasticbert, fastbert")],
+    member: Annotated[list[str] | None, typer.Option(help="cascade: a smaller encoder, smallest first")] = None,
+    valid: Annotated[Path | None, typer.Option(help="validation rows (default: 15 % of DATA)")] = None,
+    pooling: Annotated[str, typer.Option(help="what heads see: cls or mean")] = "cls",
+    freeze_backbone: Annotated[bool, typer.Option(help="train heads only, on features computed once")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="(default: the paper's)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="(default: the paper's)")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: the paper's)")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
+    folds: Annotated[int, typer.Option(help="cascade: folds that find difficult rows; 0 leaves the margin out")] = 8,
+    seed: int = 42,
+    bf16: Annotated[bool, typer.Option(help="train in mixed precision")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: PyTorch's choice)")] = None,
+) -> None:
+    """Train an early-exit system on labelled text by its paper's recipe, and say how good each exit is."""
+    import torch  # here, so that --help answers at once
+
+    from ragged_exit.training.job import run_fit
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        exits = run_fit(
+            system,
+            model,
+            data,
+            out,
+            members=member or (),
+            valid_data=valid,
+            pooling=pooling,
+            freeze_backbone=freeze_backbone,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_length=max_length,
+            folds=folds,
+            seed=seed,
+            bf16=bf16,
+            say=lambda line: console.print(line, style="dim", highlight=False),
+        )
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[red]error[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    table = Table("member", "layer", "layers run", *exits[0].metrics, title=f"{system} on validation rows, by exit")
+    for exit_ in exits:
+        figures = (f"{value:.4f}" for value in exit_.metrics.values())
+        table.add_row(str(exit_.member), str(exit_.layer), str(exit_.executed_layers), *figures)
+    console.print(table)
+    console.print(f"wrote {out}")
 
 
 if __name__ == "__main__":

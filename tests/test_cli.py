@@ -6,50 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from cli_cases import save_encoder, save_reviews
 from typer.testing import CliRunner
 
 from ragged_exit.cli import app
 
-WORDS = ["good", "great", "fine", "nice", "bad", "awful", "dull", "poor", "film", "plot", "the", "a", "was"]
-
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    """A tiny BERT and its tokenizer, saved as Hugging Face saves them."""
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
-    )
-    folder = tmp_path / "encoder"
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path / "encoder")
 
 
 @pytest.fixture
 def reviews(tmp_path: Path) -> Path:
-    """200 labelled lines: the label says from which four words the adjectives come."""
-    generator = torch.Generator().manual_seed(1)
-    lines = ["text,label"]
-    for _ in range(200):
-        label, length = (int(torch.randint(0, high, (1,), generator=generator)) for high in (2, 6))
-        words = [
-            WORDS[4 * (1 - label) + int(torch.randint(0, 4, (1,), generator=generator))] for _ in range(length + 1)
-        ]
-        lines.append(f"the film was {' '.join(words)},{label}")
-    path = tmp_path / "reviews.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return save_reviews(tmp_path / "reviews.csv")
 
 
 def run(*arguments: object) -> tuple[int, str]:

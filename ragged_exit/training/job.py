@@ -1,0 +1,118 @@
+"""The fit command's work: an encoder and labelled text in, a trained early-exit checkpoint out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer, set_seed
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.calibration.metrics import accuracy, calibration_error, pearson, spearman
+from ragged_exit.data import read_text_data, split_by_hash
+from ragged_exit.models.base import SYSTEMS, EarlyExitModel
+from ragged_exit.models.cascade import CascadeBert
+from ragged_exit.models.full_depth import FullDepth
+from ragged_exit.models.layered import LayeredModel
+from ragged_exit.training.cascade import fit_cascade
+from ragged_exit.training.examples import Examples, tokenise
+from ragged_exit.training.fit import fit
+from ragged_exit.training.recipes import RECIPES
+
+SYSTEM_NAMES = (*RECIPES, CascadeBert.system)
+VALID_SHARE = 0.15
+RUN_FOLDER = "unfinished"
+
+
+class ExitQuality(NamedTuple):
+    """One exit on validation rows: what it costs and how good its answers are."""
+
+    member: int
+    layer: int
+    executed_layers: int
+    metrics: dict[str, float]
+
+
+def run_fit(
+    system: str,
+    source: str,
+    data: Path,
+    out: Path,
+    *,
+    members: Sequence[str] = (),
+    pooling: str = "cls",
+    valid_data: Path | None = None,
+    max_length: int = 128,
+    folds: int = 8,
+    seed: int = 42,
+    say: Callable[[str], Any],
+    **options: Any,
+) -> list[ExitQuality]:
+    """Train ``system`` on the encoder ``source`` and save it, with its tokenizer, in ``out``; report every exit.
+
+    source: a Hugging Face directory or id; for a cascade its largest member, with the smaller ones in ``members``.
+    data: labelled csv, tsv, jsonl or parquet; floats are a regression's targets. valid_data: the same, or None: 15 % of
+    the rows, by a hash of their ids. options: as ``fit`` takes them. A run that was stopped goes on when called again.
+
+    Raises ValueError for an unknown system, members without a cascade, or data that do not fit.
+    """
+    if system not in SYSTEM_NAMES:
+        raise ValueError(f"system: expected one of {', '.join(SYSTEM_NAMES)}, got {system!r}")
+    if (system == CascadeBert.system) != bool(members):
+        raise ValueError("member: a cascade needs at least one smaller encoder, and no other system takes one")
+    text = read_text_data(data)
+    if valid_data is None:
+        rows = split_by_hash(text.ids, (1 - VALID_SHARE, VALID_SHARE))
+        parts = [text.select(part) for part in rows]
+    else:
+        parts = [text, read_text_data(valid_data)]
+    if not all(len(part) for part in parts):
+        raise ValueError(f"data: {len(text)} rows are too few for a validation part; give more, or a validation file")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    train, valid = (tokenise(tokenizer, part, max_length=max_length) for part in parts)
+    num_labels = 1 if text.is_regression else max(int(label) for label in train.labels) + 1
+    set_seed(seed)
+    model = _build(system, source, members, num_labels, pooling)
+    say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows")
+    run = out / RUN_FOLDER
+    if isinstance(model, CascadeBert):
+        fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run, **options)
+    else:
+        assert isinstance(model, LayeredModel)
+        fit(model, train, valid, seed=seed, work_dir=run, **options)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shutil.rmtree(run)
+    return exit_qualities(model, valid)
+
+
+def exit_qualities(model: EarlyExitModel, examples: Examples) -> list[ExitQuality]:
+    """Every exit's answers to all of ``examples``: accuracy and ECE, or Pearson's and Spearman's correlation."""
+    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
+    labels = examples.label_tensor(model.config.num_labels)
+    found = []
+    for exit_, logits in zip(table.exits, table.logits, strict=True):
+        if model.config.num_labels == 1:
+            values = logits[:, 0]
+            metrics = {"pearson": pearson(values, labels), "spearman": spearman(values, labels)}
+        else:
+            metrics = {"accuracy": accuracy(logits, labels), "ece": calibration_error(logits, labels)}
+        found.append(ExitQuality(exit_.exit_member, exit_.exit_layer, exit_.executed_layers, metrics))
+    return found
+
+
+def _build(system: str, source: str, members: Sequence[str], num_labels: int, pooling: str) -> EarlyExitModel:
+    pooled: dict[str, Any] = {"pooling": pooling}
+    if system == CascadeBert.system:
+        encoders = (*members, source)
+        return CascadeBert.from_members(
+            [FullDepth.from_backbone(encoder, num_labels=num_labels, **pooled) for encoder in encoders]
+        )
+    if system == "fastbert":  # its heads see all tokens
+        pooled = {}
+    factory = SYSTEMS[system]
+    assert issubclass(factory, LayeredModel)
+    return factory.from_backbone(source, num_labels=num_labels, **pooled)
