@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ragged_exit.models.base import ExitPoint, config_from_dict
-from ragged_exit.models.deebert import HIGHWAY_RENAMES, HighwayModel
-from ragged_exit.models.highway import new_linear
+from ragged_exit.models.deebert import HIGHWAY_RENAMES, DeeBert, HighwayModel
+from ragged_exit.models.highway import new_linear, own_activation
 from ragged_exit.models.layered import LayerExit
 from ragged_exit.models.published import BACKBONES, LAYOUTS, PublishedLayout
-from ragged_exit.rules import ExitRule, LearnedUncertainty
+from ragged_exit.rules import Entropy, ExitRule, LearnedUncertainty
 
 
 class Berxit(HighwayModel):
@@ -23,6 +23,7 @@ class Berxit(HighwayModel):
 
     pooled is the exit's own tanh vector. At the last layer the final classifier answers, unasked; its score is the u of
     its own pooled vector. The entropy rule works too. The last layer's highway is in the checkpoints and never used.
+    On DistilBERT, as in the original: relu instead of tanh, and u sees the [CLS] state before the pooler.
     """
 
     system: ClassVar[str] = "berxit"
@@ -38,13 +39,18 @@ class Berxit(HighwayModel):
         backbone: nn.Module | None = None,
     ) -> None:
         rule = LearnedUncertainty(0.005) if rule is None else rule  # the original's default
-        super().__init__(config, rule, exit_layers=exit_layers, pooling=pooling, backbone=backbone)
+        on_distilbert = config.model_type == "distilbert"
+        activation = own_activation(config) if on_distilbert else "tanh"
+        super().__init__(
+            config, rule, exit_layers=exit_layers, pooling=pooling, activation=activation, backbone=backbone
+        )
+        self.raw_uncertainty = on_distilbert
         self.lte = new_linear(config, 1)
 
     def layer_exits(self) -> list[LayerExit]:
         heads = [*self.highways[:-1], self.final]
         return [
-            LayerExit(head.exit(self.pooling, uncertainty=self.lte), layer, index)
+            LayerExit(head.exit(self.pooling, uncertainty=self.lte, raw_uncertainty=self.raw_uncertainty), layer, index)
             for index, (head, layer) in enumerate(zip(heads, self.exit_layers, strict=True))
         ]
 
@@ -69,15 +75,53 @@ def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> Berxit:
     return Berxit(config)
 
 
-LAYOUTS.append(
-    PublishedLayout(
-        system="berxit",
-        signature=r"encoder\.lte_classifier\.",
-        renames=(
-            (r"core\..*", ""),  # the original saves its backbone twice
-            (rf"{BACKBONES}\.encoder\.lte_classifier\.(.*)", r"lte.\1"),
-            *HIGHWAY_RENAMES,
+def _build_distilbert(saved: dict, state: dict[str, Tensor], dialect: str) -> Berxit:
+    return _build(saved | {"model_type": "distilbert"}, state, dialect)
+
+
+def _build_albert(saved: dict, state: dict[str, Tensor], dialect: str) -> DeeBert:
+    """The original's ALBERT has no learned uncertainty: entropy at highways, and the last one is not asked."""
+    config = config_from_dict(saved | {"model_type": "albert"})
+    config.num_labels = state["final.classifier.weight"].shape[0]
+    return DeeBert(config, Entropy(-1.0, dialect=dialect))
+
+
+_TWICE = (r"core\..*", "")  # the original saves its backbone twice
+LAYOUTS.extend(
+    (
+        PublishedLayout(
+            system="berxit",
+            signature=rf"^{BACKBONES}\.encoder\.lte_classifier\.",
+            renames=(_TWICE, (rf"{BACKBONES}\.encoder\.lte_classifier\.(.*)", r"lte.\1"), *HIGHWAY_RENAMES),
+            build=_build,
         ),
-        build=_build,
+        PublishedLayout(
+            system="berxit",
+            signature=r"^distilbert\.transformer\.lte_classifier\.",
+            renames=(
+                _TWICE,
+                (r"distilbert\.encoder\..*", ""),  # another name of its transformer
+                (r"distilbert\.transformer\.lte_classifier\.(.*)", r"lte.\1"),
+                (r"distilbert\.transformer\.highway\.(\d+)\.pre_classifier\.(.*)", r"highways.\1.pooler.\2"),
+                (r"distilbert\.transformer\.highway\.(\d+)\.classifier\.(.*)", r"highways.\1.classifier.\2"),
+                (r"distilbert\.(.*)", r"backbone.\1"),
+                (r"pre_classifier\.(.*)", r"final.pooler.\1"),
+                (r"classifier\.(.*)", r"final.classifier.\1"),
+            ),
+            build=_build_distilbert,
+        ),
+        PublishedLayout(
+            system="berxit",
+            signature=r"^albert\.encoder\.highway\.\d+\.pooler\.",
+            renames=(
+                _TWICE,
+                (r"albert\.encoder\.highway\.(\d+)\.pooler\.dense\.(.*)", r"highways.\1.pooler.\2"),
+                (r"albert\.encoder\.highway\.(\d+)\.classifier\.(.*)", r"highways.\1.classifier.\2"),
+                (r"albert\.pooler\.(.*)", r"final.pooler.\1"),
+                (r"albert\.(.*)", r"backbone.\1"),
+                (r"classifier\.(.*)", r"final.classifier.\1"),
+            ),
+            build=_build_albert,
+        ),
     )
 )

@@ -25,10 +25,12 @@ class HighwayModel(LayeredModel):
         *,
         exit_layers: Sequence[int] | None = None,
         pooling: str = "cls",
+        activation: str = "tanh",
         backbone: nn.Module | None = None,
     ) -> None:
+        """activation: of the highways; the final head has the architecture's own."""
         super().__init__(config, rule, exit_layers=exit_layers, pooling=pooling, backbone=backbone)
-        self.highways = nn.ModuleList(Highway(config) for _ in self.exit_layers)
+        self.highways = nn.ModuleList(Highway(config, activation) for _ in self.exit_layers)
         self.final = Highway(config, own_activation(config))
 
     def start_from(self, pooler: nn.Linear | None, classifier: nn.Linear | None) -> None:
@@ -93,7 +95,7 @@ HIGHWAY_RENAMES = (
 LAYOUTS.append(
     PublishedLayout(
         system="deebert",
-        signature=r"encoder\.highway\.\d+\.pooler\.",
+        signature=rf"^{BACKBONES}\.encoder\.highway\.\d+\.pooler\.",
         without=r"lte_classifier\.",
         renames=HIGHWAY_RENAMES,
         build=_build,

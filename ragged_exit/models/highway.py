@@ -65,9 +65,10 @@ class Highway(nn.Module):
 class MlpExit:
     """A [CLS] or mean-pooled MLP exit, as a view of modules that exits may share.
 
-    classifier: Linear P -> C. pooler: Linear H -> P, then ``activation``. uncertainty: Linear P -> 1, whose sigmoid is
-    the signal (BERxiT). prototype: Linear H -> D on the pooled hidden state; the cosine distances of its output to
-    ``prototypes`` ``[C, D]`` are the signal (DE3-BERT). The output's features are that vector, else the pooled one.
+    classifier: Linear P -> C. pooler: Linear H -> P, then ``activation``. uncertainty: Linear P -> 1 on the pooled
+    vector, or with ``raw_uncertainty`` on what the pooler sees; its sigmoid is the signal (BERxiT). prototype: Linear
+    H -> D on the pooled hidden state; the cosine distances of its output to ``prototypes`` ``[C, D]`` are the signal
+    (DE3-BERT). The output's features are that vector, else the pooled one.
     """
 
     classifier: nn.Linear
@@ -76,6 +77,7 @@ class MlpExit:
     pooling: str = "cls"
     activation: str = "tanh"
     uncertainty: nn.Linear | None = None
+    raw_uncertainty: bool = False
     prototype: nn.Linear | None = None
     prototypes: Tensor | None = None
 
@@ -86,7 +88,8 @@ class MlpExit:
         logits = self.classifier(features)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if self.uncertainty is not None:
-            return HeadOutput(logits, torch.sigmoid(self.uncertainty(features)[:, 0].to(wide)), features)
+            dots = self.uncertainty(seen if self.raw_uncertainty else features)[:, 0]
+            return HeadOutput(logits, torch.sigmoid(dots.to(wide)), features)
         if self.prototype is not None and self.prototypes is not None:
             features = self.prototype(seen)  # [B, D]
             return HeadOutput(logits, cosine_distances(features.to(wide), self.prototypes.to(wide)), features)
@@ -107,15 +110,18 @@ class MlpExit:
             prototypes=self.prototypes,
             pooling=self.pooling,
         )
-        return head if self.activation == "tanh" else ActivatedHead(head, self.activation)
+        if self.activation == "tanh" and not self.raw_uncertainty:
+            return head
+        return ActivatedHead(head, self.activation, self.raw_uncertainty)
 
 
 @dataclass(frozen=True)
 class ActivatedHead:
-    """An ``MlpHead`` with another activation than tanh, outside the fused step (ELECTRA's and DistilBERT's own)."""
+    """An ``MlpHead`` with another activation, outside the fused step (ELECTRA's and DistilBERT's own heads)."""
 
     mlp: MlpHead
     activation: str
+    raw_uncertainty: bool = False
 
     def __call__(self, batch: RaggedBatch) -> HeadOutput:
         assert batch.hidden is not None and self.mlp.pooler_weight is not None
@@ -124,7 +130,8 @@ class ActivatedHead:
         signal = None
         if self.mlp.uncertainty_weight is not None:
             wide = torch.promote_types(pooled.dtype, torch.float32)
-            dots = F.linear(pooled, self.mlp.uncertainty_weight[None], self.mlp.uncertainty_bias)[:, 0]
+            asked = seen if self.raw_uncertainty else pooled
+            dots = F.linear(asked, self.mlp.uncertainty_weight[None], self.mlp.uncertainty_bias)[:, 0]
             signal = torch.sigmoid(dots.to(wide))
         return HeadOutput(F.linear(pooled, self.mlp.classifier_weight, self.mlp.classifier_bias), signal)
 

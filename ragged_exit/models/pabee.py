@@ -86,7 +86,7 @@ _PABEE = PublishedLayout(
 _COSEE = dataclasses.replace(
     _PABEE,
     system="cosee",
-    signature=r"encoder\.highway\.\d+\.classifier\.",
+    signature=r"^bert\.encoder\.highway\.\d+\.classifier\.",
     without=r"encoder\.highway\.\d+\.pooler\.",
     renames=(
         (r"bert\.encoder\.highway\.(\d+)\.classifier\.(.*)", r"classifiers.\1.\2"),

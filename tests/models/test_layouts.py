@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from system_cases import config_of, randomised
 from torch import Tensor
 
@@ -23,6 +24,14 @@ HIGHWAYS: Pairs = (
     (r"highways\.(\d+)\.pooler\.(.*)", r"bert.encoder.highway.\1.pooler.dense.\2"),
     (r"highways\.(\d+)\.classifier\.(.*)", r"bert.encoder.highway.\1.classifier.\2"),
     (r"final\.pooler\.(.*)", r"bert.pooler.dense.\1"),
+    (r"final\.classifier\.(.*)", r"classifier.\1"),
+)
+DISTILBERT: Pairs = (
+    (r"backbone\.(.*)", r"distilbert.\1"),
+    (r"lte\.(.*)", r"distilbert.transformer.lte_classifier.\1"),
+    (r"highways\.(\d+)\.pooler\.(.*)", r"distilbert.transformer.highway.\1.pre_classifier.\2"),
+    (r"highways\.(\d+)\.classifier\.(.*)", r"distilbert.transformer.highway.\1.classifier.\2"),
+    (r"final\.pooler\.(.*)", r"pre_classifier.\1"),
     (r"final\.classifier\.(.*)", r"classifier.\1"),
 )
 PABEE: Pairs = ((r"backbone\.(.*)", r"bert.\1"), (r"pooler\.(.*)", r"bert.pooler.dense.\1"))
@@ -61,6 +70,21 @@ def _berxit_state(model: rx.EarlyExitModel) -> dict[str, Tensor]:
     return state | {f"core.{name[5:]}": value for name, value in state.items() if name.startswith("bert.")}
 
 
+def _berxit_distilbert_state(model: rx.EarlyExitModel) -> dict[str, Tensor]:
+    """With the three names of its transformer: distilbert.transformer, distilbert.encoder, core."""
+    state = published(model, DISTILBERT)
+    inside = {name.removeprefix("distilbert."): value for name, value in state.items() if "distilbert." in name}
+    aliases = {name.replace("transformer.", "encoder."): value for name, value in inside.items()}
+    return state | {f"{prefix}.{name}": value for prefix in ("core", "distilbert") for name, value in aliases.items()}
+
+
+def _berxit_albert_state(model: rx.EarlyExitModel) -> dict[str, Tensor]:
+    state = published(model, HIGHWAYS)
+    state = {re.sub(r"^bert\.", "albert.", name).replace("albert.pooler.dense", "albert.pooler"): value
+             for name, value in state.items()}  # fmt: skip
+    return state | {f"core.{name[7:]}": value for name, value in state.items() if name.startswith("albert.")}
+
+
 def _cosee_state(model: rx.EarlyExitModel) -> dict[str, Tensor]:
     last = ((r"classifiers\.3\.(.*)", r"classifier.\1"), (r"(classifiers)\.(.*)", r"bert.encoder.highway.\2"))
     state = published(model, (*last, *PABEE))
@@ -70,6 +94,8 @@ def _cosee_state(model: rx.EarlyExitModel) -> dict[str, Tensor]:
 LAYOUT_CASES: list[tuple[str, Callable[[], rx.EarlyExitModel], Callable[..., dict[str, Tensor]]]] = [
     ("deebert", lambda: rx.DeeBert(config_of("bert")), lambda model: published(model, HIGHWAYS)),
     ("berxit", lambda: rx.Berxit(config_of("bert")), _berxit_state),
+    ("berxit", lambda: rx.Berxit(config_of("distilbert")), _berxit_distilbert_state),
+    ("berxit", lambda: rx.DeeBert(config_of("albert")), _berxit_albert_state),
     ("pabee", lambda: rx.Pabee(config_of("bert")), lambda model: published(model, PABEE)),
     ("pabee", lambda: rx.Pabee(config_of("albert")), lambda model: published(model, ALBERT)),
     ("cosee", lambda: rx.Pabee(config_of("bert")), _cosee_state),
@@ -118,6 +144,29 @@ def test_missing_and_unexpected_keys_are_listed(system, make, rename, tmp_path: 
     missing, unexpected, _ = str(caught.value).split(";")
     tail = ".".join(gone.split(".")[-2:])
     assert tail in missing and "stray.weight" in unexpected
+
+
+def test_berxit_on_distilbert_has_relu_heads_and_an_uncertainty_of_the_raw_cls_state(tmp_path: Path) -> None:
+    """By the original's formulas, from its keys; its ALBERT never asks the last highway."""
+    state = _berxit_distilbert_state(randomised(rx.Berxit(config_of("distilbert"))))
+    model = rx.load(write(tmp_path, state, config_of("distilbert").to_dict() | {"model_type": None}))
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad():
+        points = model.exit_points(ids, torch.ones_like(ids), None)
+        hidden = model.backbone(ids, output_hidden_states=True).hidden_states
+    names = [f"distilbert.transformer.highway.{index}." for index in range(3)] + [""]
+    for name, states, point in zip(names, hidden[1:], points, strict=True):
+        pooled = F.relu(F.linear(states[:, 0], *_affine(state, f"{name}pre_classifier")))
+        torch.testing.assert_close(point.output.logits, F.linear(pooled, *_affine(state, f"{name}classifier")))
+        doubt = F.linear(states[:, 0], *_affine(state, "distilbert.transformer.lte_classifier"))
+        torch.testing.assert_close(point.output.signal, doubt[:, 0].sigmoid())
+    albert = rx.load(write(tmp_path / "albert", _berxit_albert_state(rx.DeeBert(config_of("albert"))),
+                           config_of("albert").to_dict()))  # fmt: skip
+    assert not albert.exit_at_last_highway and albert.rule == rx.Entropy(-1.0, dialect="hf")
+
+
+def _affine(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    return state[f"{name}.weight"], state[f"{name}.bias"]
 
 
 def test_elasticbert_with_heads_on_the_last_layers(tmp_path: Path) -> None:
