@@ -14,7 +14,7 @@ from ragged_exit.models.base import ExitPoint, config_from_dict
 from ragged_exit.models.deebert import HIGHWAY_RENAMES, DeeBert, HighwayModel
 from ragged_exit.models.highway import new_linear, own_activation
 from ragged_exit.models.layered import LayerExit
-from ragged_exit.models.published import BACKBONES, LAYOUTS, PublishedLayout
+from ragged_exit.models.published import BACKBONES, LAYOUTS, PublishedLayout, read_labels
 from ragged_exit.rules import Entropy, ExitRule, LearnedUncertainty
 
 
@@ -71,7 +71,7 @@ class Berxit(HighwayModel):
 
 def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> Berxit:
     config = config_from_dict(saved)
-    config.num_labels = state["final.classifier.weight"].shape[0]
+    read_labels(config, state, "final.classifier.weight")
     return Berxit(config)
 
 
@@ -82,7 +82,7 @@ def _build_distilbert(saved: dict, state: dict[str, Tensor], dialect: str) -> Be
 def _build_albert(saved: dict, state: dict[str, Tensor], dialect: str) -> DeeBert:
     """The original's ALBERT has no learned uncertainty: entropy at highways, and the last one is not asked."""
     config = config_from_dict(saved | {"model_type": "albert"})
-    config.num_labels = state["final.classifier.weight"].shape[0]
+    read_labels(config, state, "final.classifier.weight")
     return DeeBert(config, Entropy(-1.0, dialect=dialect))
 
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ragged_exit.models.base import config_from_dict
 from ragged_exit.models.highway import Highway, copy_linear, own_activation
 from ragged_exit.models.layered import LayeredModel, LayerExit
-from ragged_exit.models.published import BACKBONES, LAYOUTS, PublishedLayout
+from ragged_exit.models.published import BACKBONES, LAYOUTS, PublishedLayout, read_labels
 from ragged_exit.rules import Entropy, ExitRule
 
 
@@ -81,7 +81,7 @@ class DeeBert(HighwayModel):
 
 def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> DeeBert:
     config = config_from_dict(saved)
-    config.num_labels = state["final.classifier.weight"].shape[0]
+    read_labels(config, state, "final.classifier.weight")
     return DeeBert(config, Entropy(-1.0, dialect=dialect), exit_at_last_highway=True)  # -1: the original's "never exit"
 
 

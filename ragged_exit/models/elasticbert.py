@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from ragged_exit.models.base import config_from_dict
 from ragged_exit.models.highway import Highway, copy_linear
 from ragged_exit.models.layered import LayeredModel, LayerExit
-from ragged_exit.models.published import LAYOUTS, PublishedLayout
+from ragged_exit.models.published import LAYOUTS, PublishedLayout, read_labels
 from ragged_exit.rules import Entropy, ExitRule
 
 
@@ -55,10 +55,10 @@ class ElasticBert(LayeredModel):
 def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> ElasticBert:
     layers = sorted({int(match[1]) + 1 for name in state if (match := re.match(r"poolers\.(\d+)\.", name))})
     for index, layer in enumerate(layers):  # poolers are numbered by layer, classifiers by exit
-        for name in ("weight", "bias"):
-            state[f"highways.{index}.pooler.{name}"] = state.pop(f"poolers.{layer - 1}.{name}")
+        for name in [name for name in state if name.startswith(f"poolers.{layer - 1}.")]:
+            state[f"highways.{index}.pooler.{name.rsplit('.', 1)[1]}"] = state.pop(name)
     config = config_from_dict(saved | {"model_type": "bert"})
-    config.num_labels = state["highways.0.classifier.weight"].shape[0]
+    read_labels(config, state, "highways.0.classifier.weight")
     return ElasticBert(config, Entropy(-1.0, dialect=dialect), exit_layers=layers)
 
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from ragged_exit.models.base import ExitPoint, config_from_dict
 from ragged_exit.models.highway import MlpExit, copy_linear, new_dropout, new_linear
 from ragged_exit.models.layered import LayeredModel, LayerExit, weighted_by_layer
-from ragged_exit.models.published import LAYOUTS, PublishedLayout, count_prefixes
+from ragged_exit.models.published import LAYOUTS, PublishedLayout, count_prefixes, read_labels
 from ragged_exit.rules import Entropy, ExitRule, Patience
 
 
@@ -60,16 +60,16 @@ class Pabee(LayeredModel):
 
 def _build_pabee(saved: dict, state: dict[str, Tensor], dialect: str) -> Pabee:
     config = config_from_dict(saved)
-    config.num_labels = state["classifiers.0.weight"].shape[0]
+    read_labels(config, state, "classifiers.0.weight")
     return Pabee(config)
 
 
 def _build_cosee(saved: dict, state: dict[str, Tensor], dialect: str) -> Pabee:
     last = count_prefixes(state, r"classifiers\.(\d+)\.")
-    for name in ("weight", "bias"):
-        state[f"classifiers.{last}.{name}"] = state.pop(f"final.{name}")
+    for name in [name for name in state if name.startswith("final.")]:
+        state[f"classifiers.{last}.{name.removeprefix('final.')}"] = state.pop(name)
     config = config_from_dict(saved)
-    config.num_labels = state["classifiers.0.weight"].shape[0]
+    read_labels(config, state, "classifiers.0.weight")
     return Pabee(config, Entropy(0.0, dialect="normalised"))
 
 

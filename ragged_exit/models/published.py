@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ragged_exit.models.base import EarlyExitModel
 
@@ -57,6 +58,12 @@ def rename_keys(state: dict[str, Tensor], renames: Iterable[Rename]) -> dict[str
         if modern:
             renamed[modern] = value
     return renamed
+
+
+def read_labels(config: PretrainedConfig, state: dict[str, Tensor], classifier: str) -> None:
+    """Set ``num_labels`` from the rows of this weight; where it is missing, strict loading will say so."""
+    if classifier in state:
+        config.num_labels = state[classifier].shape[0]
 
 
 def count_prefixes(state: Iterable[str], pattern: str) -> int:

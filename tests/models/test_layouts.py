@@ -169,6 +169,23 @@ def _affine(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     return state[f"{name}.weight"], state[f"{name}.bias"]
 
 
+@pytest.mark.parametrize(("system", "make", "rename"), LAYOUT_CASES[:8])
+def test_a_checkpoint_without_its_classifier_lists_every_missing_key(system, make, rename, tmp_path: Path) -> None:
+    """A size that is read from a key must not hide the others that are gone."""
+    model = make()
+    drop = r"(^classifier|^classifiers\.0|highway\.0\.classifier)\.weight$|(pooler.*|pre_classifier)\.bias$"
+    state = rename(model)
+    kept = {name: value for name, value in state.items() if not re.search(drop, name)}
+    gone = [name for name in state.keys() - kept.keys() if not re.match(r"core\.|distilbert\.encoder\.", name)]
+    assert len(gone) > 1
+    config = config_of_model(model) | {"num_labels": model.config.num_labels}
+    with pytest.raises(ValueError) as caught:
+        rx.load(write(tmp_path, kept, config))
+    missing, unexpected, _ = str(caught.value).split(";")
+    assert missing.count("'") == 2 * len(gone), missing
+    assert "[]" in unexpected
+
+
 def test_elasticbert_with_heads_on_the_last_layers(tmp_path: Path) -> None:
     """Poolers keep the layers' numbers, classifiers count from 0."""
     model = randomised(rx.ElasticBert(config_of("bert"), exit_layers=[3, 4]))
