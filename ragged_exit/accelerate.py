@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ragged_exit.backbones import backbone_weights
+from ragged_exit.batch import RaggedBatch
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.executor import ExitRecord, RaggedExecutor, Stage
 from ragged_exit.heads import MlpHead
@@ -123,7 +124,8 @@ class AcceleratedModel(nn.Module):
             return replace(stage, head=self._snapshot_head(stage.head), rule=rule)
 
         stages = [snapshot(stage) for stage in source.stages(encoder)]
-        self.encoder = stages[0].encoder
+        self.encoders = [stage.encoder for stage in stages if stage.restart]  # several in a cascade
+        self.encoder = self.encoders[0]
         self.executor = RaggedExecutor(stages, impl=self.impl)
 
     def _snapshot_head(self, head: Any) -> Any:
@@ -144,7 +146,7 @@ class AcceleratedModel(nn.Module):
     ) -> ExitOutput:
         """Padded ``[B, S]`` in, any 0/1 mask; as the source model called in eval mode."""
         inputs = self._source[0].prepare(input_ids, attention_mask, token_type_ids)
-        record = self.executor.run(self.encoder.pack(*inputs))
+        record = self.executor.run(self._checked(self.encoder.pack(*inputs)))
         answers = {name: value.to(input_ids.device) for name, value in record._asdict().items()}
         loss = None if labels is None else self._source[0].task_loss(answers["logits"], labels)
         return ExitOutput(loss=loss, **answers)  # the loss first, as Hugging Face models return it
@@ -155,8 +157,9 @@ class AcceleratedModel(nn.Module):
         """Answer any number of sequences in order, in bounded memory.
 
         A sequence is a list of token ids, or a mapping with ``input_ids`` and perhaps ``token_type_ids`` (lists, as a
-        tokenizer returns them without padding). A window of a few token budgets is read ahead and sorted by length. A
-        bad sequence gives a RowResult with ``error``; the others are answered all the same.
+        tokenizer returns them without padding; whatever the model itself takes there). A window of a few token budgets
+        is read ahead and sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all
+        the same.
         """
         window: list[_Sequence] = []
         tokens = 0
@@ -176,7 +179,9 @@ class AcceleratedModel(nn.Module):
         try:
             ids = item["input_ids"] if isinstance(item, Mapping) else item
             types = item.get("token_type_ids") if isinstance(item, Mapping) else None
-            self.encoder.check_sequence(ids, types)
+            prepared = None if types is None else self._source[0].prepare_types(types)
+            for encoder in self.encoders:
+                encoder.check_sequence(ids, prepared)
             if isinstance(item, Mapping) and any(kept != 1 for kept in item.get("attention_mask", ())):
                 raise ValueError("attention_mask: expected only 1, got others; give sequences without padding")
         except (ValueError, TypeError, KeyError) as error:
@@ -194,11 +199,25 @@ class AcceleratedModel(nn.Module):
                 results[place] = replace(result, index=window[place].index)
         yield from results
 
-    def _pack(self, rows: list[_Sequence]):
+    def _pack(self, rows: list[_Sequence]) -> RaggedBatch:
         types = None
         if any(row.token_type_ids is not None for row in rows):
             types = [[0] * len(row.input_ids) if row.token_type_ids is None else row.token_type_ids for row in rows]
-        return self.encoder.pack_sequences([row.input_ids for row in rows], types)
+        return self.pack_sequences([row.input_ids for row in rows], types)
+
+    def pack_sequences(
+        self, sequences: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+    ) -> RaggedBatch:
+        """What the executor runs, from lists of ids and token types without padding; raises ValueError for bad ones."""
+        if token_type_ids is not None:
+            token_type_ids = [self._source[0].prepare_types(types) for types in token_type_ids]
+        return self._checked(self.encoder.pack_sequences(sequences, token_type_ids))
+
+    def _checked(self, batch: RaggedBatch) -> RaggedBatch:
+        """The first encoder has checked its own tables; a cascade's later members look into theirs much later."""
+        for encoder in self.encoders[1:]:
+            encoder.check(batch)
+        return batch
 
 
 @dataclass(frozen=True)

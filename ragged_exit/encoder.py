@@ -79,7 +79,7 @@ class PackedEncoder:
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
         moved = {name: None if value is None else value.to(self.device) for name, value in given.items()}
         batch = RaggedBatch.pack(input_ids.to(self.device), **moved, padding_idx=self.padding_idx)
-        self._check(batch, "sequence length" if position_ids is None else "position_ids")
+        self.check(batch, "sequence length" if position_ids is None else "position_ids")
         return batch
 
     def pack_sequences(
@@ -87,7 +87,7 @@ class PackedEncoder:
     ) -> RaggedBatch:
         """``RaggedBatch.from_sequences`` with this backbone's positions and checks."""
         batch = RaggedBatch.from_sequences(sequences, token_type_ids, padding_idx=self.padding_idx, device=self.device)
-        self._check(batch, "sequence length")
+        self.check(batch)
         return batch
 
     def check_sequence(self, input_ids: Sequence[int], token_type_ids: Sequence[int] | None = None) -> None:
@@ -110,7 +110,8 @@ class PackedEncoder:
                 limit = len(self.token_type_embeddings)
                 _check_values("token_type_ids", min(token_type_ids), max(token_type_ids), limit)
 
-    def _check(self, batch: RaggedBatch, position_name: str) -> None:
+    def check(self, batch: RaggedBatch, position_name: str = "sequence length") -> None:
+        """Raise ValueError unless all packed ids, positions and token types are within this backbone's tables."""
         _check_range("input_ids", batch.input_ids, self.word_embeddings.shape[0])
         # the table's first rows up to padding_idx belong to padding, so the message counts what a sequence may have
         limit = self.position_embeddings.shape[0]

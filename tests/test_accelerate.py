@@ -1,18 +1,23 @@
-"""accelerate: the drop-in contract, its settings and errors, Hugging Face's pipeline, and the stream."""
+"""accelerate: the drop-in contract, its settings and errors, the snapshot."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate_cases import (
+    FIELDS,
+    assert_same_answers,
+    exiting,
+    fast_model,
+    inputs,
+    reference,
+)
 from tiny import (
     LONGEST,
     VOCAB,
@@ -20,48 +25,15 @@ from tiny import (
     impls,
     native_built,
     one_thread,  # noqa: F401
-    padded,
-    random_rows,
     randomise,
     roberta_config,
     spread_threshold,
     tiny_deebert,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, pipeline
+from torch import nn
 
 import ragged_exit as rx
-from ragged_exit.accelerate import WINDOW_BATCHES
 from ragged_exit.ops import dispatch
-
-CLOSE = {"rtol": 0, "atol": 2e-5}
-FIELDS = ("logits", "score", "exit_layer", "exit_member", "executed_layers")
-
-
-def inputs(rows: int = 12, side: str = "right", seed: int = 0, fill: int = 0) -> dict[str, Tensor]:
-    ids, mask = padded(random_rows(rows, seed), side, fill)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def exiting(model: rx.DeeBert, share: float = 0.5, **changes: Any) -> rx.DeeBert:
-    """``model`` with an entropy threshold that lets about ``share`` of the rows of ``inputs()`` leave at an exit."""
-    batch = inputs(fill=model.config.pad_token_id or 0)
-    model.rule = rx.Entropy(spread_threshold(model, **batch, share=share), **changes)
-    return model
-
-
-def assert_same_answers(got: rx.ExitOutput, expected: rx.ExitOutput) -> None:
-    assert torch.equal(got.exit_layer, expected.exit_layer)
-    assert torch.equal(got.exit_member, expected.exit_member)
-    assert torch.equal(got.executed_layers, expected.executed_layers)
-    torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
-    torch.testing.assert_close(got.score, expected.score, **CLOSE)
-
-
-@torch.no_grad()
-def reference(model: rx.DeeBert, **batch: Tensor) -> rx.ExitOutput:
-    return model(**batch)
 
 
 # the contract -------------------------------------------------------------------------------------------------------
@@ -234,8 +206,6 @@ def test_an_explicit_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # errors (DESIGN, bad input) -----------------------------------------------------------------------------------------
-def fast_model(**settings: Any) -> rx.AcceleratedModel:
-    return rx.accelerate(tiny_deebert(), impl="reference", **settings)
 
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -387,275 +357,3 @@ def test_two_snapshots_of_one_model_do_not_meet() -> None:
         assert [set(one(**batch).exit_layer.tolist()) for one in fast] == [{4}, {1}]
     low.refresh()
     assert set(high(**batch).exit_layer.tolist()) == {1}
-
-
-# transformers.pipeline ----------------------------------------------------------------------------------------------
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-PIECES = "the a film was good bad very not ##ly ##s great awful boring fun"
-WORDS = [*SPECIAL, *PIECES.split()]
-TEXTS = ["the film was good", "awful", "a very very boring film", "not bad", "great great fun", "films badly awful"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """WordPiece over two dozen words, built here."""
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer()
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-
-
-@pytest.fixture(scope="module")
-def reviewer(tokenizer: PreTrainedTokenizerFast) -> rx.DeeBert:
-    """A model over the tokenizer's vocabulary, with names for its classes."""
-    config = bert_config(vocab_size=len(WORDS), max_position_embeddings=32)
-    config.id2label = {0: "bad", 1: "so-so", 2: "good"}
-    model = tiny_deebert(config, seed=4, pooling="mean")
-    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    model.rule = rx.Entropy(spread_threshold(model, batch["input_ids"], batch["attention_mask"], 0.4))
-    return model
-
-
-def expected_scores(model: rx.DeeBert, tokenizer: PreTrainedTokenizerFast, *text: str) -> dict[str, float]:
-    probs = reference(model, **tokenizer(*text, return_tensors="pt")).logits.softmax(1)[0]
-    return {model.config.id2label[index]: float(prob) for index, prob in enumerate(probs)}
-
-
-def test_a_tokenizers_output_goes_in_as_it_is(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
-    fast = rx.accelerate(reviewer, impl="reference")
-    for side in ("right", "left"):
-        tokenizer.padding_side = side
-        batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
-        assert batch["attention_mask"][1, -1] == (0 if side == "right" else 1)
-        expected = reference(reviewer, **batch)
-        assert expected.exit_layer.unique().numel() > 1
-        assert_same_answers(fast(**batch), expected)
-    tokenizer.padding_side = "right"
-    assert set(tokenizer("a film").keys()) == {"input_ids", "token_type_ids", "attention_mask"}
-
-
-@pytest.mark.parametrize("impl", impls())
-def test_pipeline(impl: str, reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
-    fast = rx.accelerate(reviewer, impl=impl)
-    classify = pipeline("text-classification", model=fast, tokenizer=tokenizer)
-    answers = [expected_scores(reviewer, tokenizer, text) for text in TEXTS]
-    best = [max(answer, key=answer.get) for answer in answers]  # type: ignore[arg-type]
-    assert len(set(best)) > 1
-
-    def check(result: dict[str, Any], place: int) -> None:
-        assert result["label"] == best[place]
-        assert result["score"] == pytest.approx(answers[place][best[place]], abs=1e-5)
-
-    (single,) = classify(TEXTS[0])
-    check(single, 0)
-    for batch_size in (1, 4, 6):
-        results = classify(TEXTS, batch_size=batch_size)
-        assert len(results) == len(TEXTS)
-        for place, result in enumerate(results):
-            check(result, place)
-    for result, answer in zip(classify(TEXTS, top_k=None, batch_size=3), answers, strict=True):
-        assert {entry["label"]: pytest.approx(entry["score"], abs=1e-5) for entry in result} == answer
-        assert [entry["score"] for entry in result] == sorted((entry["score"] for entry in result), reverse=True)
-    (pair,) = classify([{"text": TEXTS[0], "text_pair": TEXTS[1]}], top_k=None)
-    assert {entry["label"]: pytest.approx(entry["score"], abs=1e-5) for entry in pair} == expected_scores(
-        reviewer, tokenizer, TEXTS[0], TEXTS[1]
-    )
-    streamed = classify((text for text in TEXTS), batch_size=2)
-    for place, result in enumerate(streamed):
-        check(result, place)
-
-
-def test_a_pipeline_can_be_shown(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
-    classify = pipeline("text-classification", model=rx.accelerate(reviewer, impl="reference"), tokenizer=tokenizer)
-    assert "AcceleratedModel" in repr(classify) or "Pipeline" in repr(classify)
-
-
-# stream -------------------------------------------------------------------------------------------------------------
-def assert_results(results: list[rx.RowResult], expected: rx.ExitOutput, first: int = 0) -> None:
-    for place, result in enumerate(results):
-        assert result.index == first + place and result.error is None
-        torch.testing.assert_close(result.logits, expected.logits[place], **CLOSE)
-        assert result.score == pytest.approx(float(expected.score[place]), abs=2e-5)
-        for name in ("exit_layer", "exit_member", "executed_layers"):
-            assert getattr(result, name) == int(expected[name][place])
-            assert type(getattr(result, name)) is int
-
-
-@pytest.mark.parametrize("impl", impls())
-@pytest.mark.parametrize("budget", [1, 30, 100, 8192])
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_stream_answers_in_order_what_the_batch_forward_answers(kind: str, budget: int, impl: str) -> None:
-    config = roberta_config() if kind == "roberta" else bert_config()
-    model = exiting(tiny_deebert(config, pooling="mean"))
-    rows = random_rows(60, seed=4)
-    fast = rx.accelerate(model, impl=impl)
-    expected = fast(*padded(rows, fill=config.pad_token_id))
-    assert expected.exit_layer.unique().numel() > 2
-    results = list(fast.stream(rows, token_budget=budget))
-    assert len(results) == 60
-    assert_results(results, expected)
-
-
-def test_stream_takes_mappings_with_and_without_token_types(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = exiting(tiny_deebert())
-    rows = random_rows(20, seed=6)
-    types = [[place % 2 for place in range(len(row))] if index % 3 else None for index, row in enumerate(rows)]
-    items: list[Any] = []
-    for index, (row, kinds) in enumerate(zip(rows, types, strict=True)):
-        if kinds is None:
-            items.append(row if index % 2 else {"input_ids": row})
-        else:
-            items.append({"input_ids": row, "token_type_ids": kinds, "attention_mask": [1] * len(row)})
-    ids, mask = padded(rows)
-    padded_types = torch.zeros_like(ids)
-    for index, kinds in enumerate(types):
-        if kinds is not None:
-            padded_types[index, : len(kinds)] = torch.tensor(kinds)
-    fast = rx.accelerate(model, impl="reference")
-    expected = fast(ids, mask, padded_types)
-    assert not torch.allclose(expected.logits, fast(ids, mask).logits, atol=1e-3)
-    assert_results(list(fast.stream(items, token_budget=50)), expected)
-    arrays = [np.array(row) if index % 2 else torch.tensor(row) for index, row in enumerate(rows)]
-    assert_results(list(fast.stream(arrays)), fast(ids, mask))  # type: ignore[arg-type]
-
-
-def test_stream_takes_what_a_tokenizer_returns(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
-    fast = rx.accelerate(reviewer, impl="reference")
-    results = list(fast.stream(tokenizer(text) for text in TEXTS))
-    assert_results(results, fast(**tokenizer(TEXTS, padding=True, return_tensors="pt")))
-
-
-def watch_runs(fast: rx.AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The lengths in every batch that the executor gets from now on."""
-    runs: list[list[int]] = []
-    run = fast.executor.run
-
-    def watched(batch: rx.RaggedBatch, *rest: Any) -> Any:
-        runs.append(batch.seqlens.tolist())
-        return run(batch, *rest)
-
-    monkeypatch.setattr(fast.executor, "run", watched)
-    return runs
-
-
-def test_stream_keeps_the_budget_and_sorts_by_length_inside_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = fast_model()
-    runs = watch_runs(fast, monkeypatch)
-    rows = random_rows(300, seed=1)
-    budget = 60
-    list(fast.stream(rows, token_budget=budget))
-    assert all(sum(lengths) <= budget for lengths in runs)
-    tokens = sum(map(len, rows))
-    assert len(runs) <= 1.5 * tokens / budget + 2  # batches are full, up to a row and the windows' ends
-    falls = [max(after) > min(before) for before, after in itertools.pairwise(runs)]
-    windows = tokens / (WINDOW_BATCHES * budget)
-    assert 2 <= sum(falls) <= windows + 1  # lengths only fall, and start again where a window starts
-    assert any(lengths != sorted(lengths) for lengths in (list(map(len, rows)),))
-
-
-def test_a_sequence_longer_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = fast_model()
-    runs = watch_runs(fast, monkeypatch)
-    rows = [[5] * 3, [6] * 20, [7] * 4]
-    results = list(fast.stream(rows, token_budget=8))
-    assert runs == [[20], [4, 3]]
-    assert_results(results, fast(*padded(rows)))
-
-
-def counted(rows: Iterator[Any], seen: list[int]) -> Iterator[Any]:
-    for number, row in enumerate(rows):
-        seen.append(number)
-        yield row
-
-
-def test_stream_reads_lazily_and_no_further_than_a_window() -> None:
-    fast = fast_model()
-    seen: list[int] = []
-    budget, length = 40, 10
-    endless = counted(([5 + number % 50] * length for number in itertools.count()), seen)
-    results = fast.stream(endless, token_budget=budget)
-    assert not seen  # nothing before the first answer is asked for
-    window = WINDOW_BATCHES * budget // length
-    for number in range(3 * window):
-        assert next(results).index == number
-        assert len(seen) <= (number // window + 1) * window
-
-
-def test_between_answers_the_caller_is_not_in_inference_mode() -> None:
-    results = fast_model().stream([[5, 6], [7]])
-    assert not next(results).logits.requires_grad
-    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
-
-
-def test_bad_rows_do_not_pile_up() -> None:
-    """A long run of bad rows: each is reported without reading far ahead."""
-    fast = fast_model()
-    seen: list[int] = []
-    results = fast.stream(counted(itertools.repeat([], 5000), seen), token_budget=16)
-    for number in range(300):
-        result = next(results)
-        assert result.index == number and "at least one token" in result.error
-        assert len(seen) <= number + WINDOW_BATCHES * 16
-
-
-BAD = {
-    "empty": ([], "ValueError: input_ids: expected at least one token"),
-    "too long": ([5] * (LONGEST + 1), f"ValueError: input_ids: expected at most {LONGEST} tokens"),
-    "vocabulary": ([5, VOCAB], f"ValueError: input_ids: expected values in [0, {VOCAB})"),
-    "negative": ([5, -1], "ValueError: input_ids: expected values"),
-    "huge": ([2**70], "ValueError: input_ids: expected values"),
-    "floats": ([5.0, 6.0], "TypeError: input_ids: expected integers, got float"),
-    "nan": ([float("nan")], "TypeError: input_ids: expected integers"),
-    "strings": (["good", "film"], "TypeError: input_ids: expected integers, got str"),
-    "text": ("good film", "TypeError: input_ids"),
-    "none": (None, "TypeError"),
-    "number": (5, "TypeError"),
-    "nested": ([[5, 6]], "TypeError: input_ids: expected integers, got list"),
-    "no ids": ({"ids": [5]}, "KeyError: 'input_ids'"),
-    "types": ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "ValueError: token_type_ids: expected values in [0, 2)"),
-    "type count": ({"input_ids": [5, 6], "token_type_ids": [0]}, "ValueError: token_type_ids: expected 2 values"),
-    "type floats": ({"input_ids": [5], "token_type_ids": [0.5]}, "TypeError: token_type_ids: expected integers"),
-    "padding": ({"input_ids": [5, 0], "attention_mask": [1, 0]}, "ValueError: attention_mask: expected only 1"),
-}
-
-
-@pytest.mark.parametrize("place", [0, 7, 24])
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_row_is_reported_and_the_others_are_answered(kind: str, place: int) -> None:
-    fast = fast_model(threshold=0.5)
-    bad, message = BAD[kind]
-    rows: list[Any] = random_rows(24, seed=8, longest=12)
-    expected = fast(*padded(rows))
-    rows.insert(place, bad)
-    results = list(fast.stream(rows, token_budget=20))
-    reported = results.pop(place)
-    assert reported.index == place and reported.error.startswith(message)
-    assert all(getattr(reported, item.name) is None for item in fields(reported) if item.name not in ("index", "error"))
-    assert_results(results[:place], expected)
-    assert [result.index for result in results[place:]] == list(range(place + 1, 25))
-    for row, result in enumerate(results):
-        assert result.error is None
-        torch.testing.assert_close(result.logits, expected.logits[row], **CLOSE)
-
-
-def test_all_rows_bad_and_no_rows() -> None:
-    fast = fast_model()
-    results = list(fast.stream([[], "", None]))
-    assert [result.index for result in results] == [0, 1, 2] and all(result.error for result in results)
-    assert list(fast.stream([])) == []
-
-
-def test_a_bad_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="token_budget: expected at least 1, got 0"):
-        list(fast_model().stream([[5]], token_budget=0))

@@ -122,7 +122,7 @@ def exit_table(
     for rows in token_budget_batches([len(sequence) for sequence in sequences], token_budget):
         seen: list[ExitDecision] = []
         types = None if token_type_ids is None else [token_type_ids[row] for row in rows]
-        executor.run(fast.encoder.pack_sequences([sequences[row] for row in rows], types), on_decision=seen.append)
+        executor.run(fast.pack_sequences([sequences[row] for row in rows], types), on_decision=seen.append)
         parts.append((rows, seen))
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
     scores = torch.stack([torch.cat([seen[exit].score for _, seen in parts]) for exit in range(len(stages))])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,6 +77,10 @@ class EarlyExitModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The arguments of a call in Hugging Face's conventions, where a system's own are accepted too."""
         return input_ids, attention_mask, token_type_ids
+
+    def prepare_types(self, token_type_ids: Sequence[int]) -> Sequence[int]:
+        """``prepare`` for one sequence without padding: what it gives as token types, as Hugging Face has them."""
+        return token_type_ids
 
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
         """The joint loss of a training step: by default the sum over the exits. Recipes weigh them otherwise."""

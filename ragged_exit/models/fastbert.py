@@ -89,8 +89,7 @@ class FastBert(LayeredModel):
 
     The last branch is the teacher. ``compare="<="`` as the paper's script, the default, or ``"<"`` as the PyPI package.
     config: a ``UerConfig`` for published weights; branches on a Hugging Face encoder work too. On UER's backbone,
-    ``token_type_ids`` may be UER's own segments: 0 padding, 1 first, 2 second sentence, with or without a mask
-    (``stream`` takes token types only).
+    ``token_type_ids`` may be UER's own segments: 0 padding, 1 first, 2 second sentence, with or without a mask.
     """
 
     system: ClassVar[str] = "fastbert"
@@ -128,6 +127,13 @@ class FastBert(LayeredModel):
             return input_ids, attention_mask, token_type_ids
         mask = (token_type_ids > 0).long() if attention_mask is None else attention_mask
         return input_ids, mask, (token_type_ids - 1).clamp_min(0)
+
+    def prepare_types(self, token_type_ids: Sequence[int]) -> Sequence[int]:
+        if not isinstance(self.config, UerConfig) or list(token_type_ids[:1]) != [1]:
+            return token_type_ids
+        if 0 in token_type_ids:
+            raise ValueError("token_type_ids: expected segments 1 and 2, got 0, padding; give sequences without it")
+        return [segment - 1 for segment in token_type_ids]
 
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
         """The teacher's loss plus ``distillation_loss`` (the original has two stages)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,7 +67,7 @@ def truncated(
         model = FullDepth(backbone.config, pooling=head.pooling, activation=head.activation, backbone=backbone)
         model.start_from(head.pooler, head.classifier)
         return model.to(source.dtype).eval()
-    found = read_backbone(copy.deepcopy(source) if isinstance(source, nn.Module) else source)
+    found = read_backbone(source)
     set_labels(found, num_labels)
     backbone = first_layers(found.backbone, k)
     model = FullDepth(backbone.config, pooling=pooling or "cls", backbone=backbone)

@@ -76,7 +76,7 @@ class LayeredModel(EarlyExitModel):
         rule: ExitRule | None = None,
         **options: Any,
     ) -> Self:
-        """Fresh heads on a Hugging Face encoder: a directory, an id, or a loaded ``...Model``.
+        """Fresh heads on a Hugging Face encoder: a directory, an id, or a loaded ``...Model``, which is copied.
 
         A fine-tuned ``...ForSequenceClassification`` gives its classifier to the last exit, and its pooler to every
         exit's. options: the system's own.

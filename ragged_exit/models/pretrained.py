@@ -22,13 +22,13 @@ class Found(NamedTuple):
 
 
 def read_backbone(source: str | Path | nn.Module) -> Found:
-    """Take apart a directory, an id, or a loaded Hugging Face model.
+    """Take apart a directory, an id, or a loaded Hugging Face model, which is copied and stays as it is.
 
     Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
     and classifier (DistilBERT).
     """
     if isinstance(source, nn.Module):
-        whole = source
+        whole = copy.deepcopy(source)
     else:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
         fine_tuned = architectures[0].endswith("ForSequenceClassification")

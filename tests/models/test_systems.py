@@ -126,6 +126,46 @@ def test_from_backbone_takes_a_plain_encoder(system: Any) -> None:
     assert model(ids, mask).logits.shape == (3, 2) and not model.training
 
 
+@pytest.mark.parametrize("take", [lambda model: rx.DeeBert.from_backbone(model, num_labels=2),
+                                  lambda model: rx.truncated(model, 2, num_labels=2)])  # fmt: skip
+def test_a_loaded_model_stays_the_callers_own(take: Any) -> None:
+    theirs = BertModel(config_of("bert", num_labels=5)).train()
+    ids, _ = batch_of(random_rows(3), "bert")
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    ours = take(theirs)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.fill_(0.5)
+    assert theirs.training and theirs.pooler is not None and theirs.config.num_labels == 5
+    assert theirs(ids).pooler_output.shape == (3, 32)
+    after = theirs.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_cascade_checks_every_members_tables_at_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row may reach the second member here, and its smaller tables are named all the same."""
+    first = rx.FullDepth(config_of("bert"))
+    second = rx.FullDepth(config_of("bert", type_vocab_size=1))
+    fast = rx.accelerate(rx.CascadeBert.from_members([first, second]), threshold=0.0, impl="reference")
+    ids = torch.tensor([[5, 6]])
+    types = torch.tensor([[0, 1]])
+    message = r"token_type_ids: expected values in \[0, 1\), got 0 ... 1"
+    with pytest.raises(ValueError, match=message):
+        fast(ids, token_type_ids=types)
+    (result,) = fast.stream([{"input_ids": [5, 6], "token_type_ids": [0, 1]}])
+    assert result.error is not None and result.error.startswith("ValueError: token_type_ids: expected values in [0, 1)")
+    with pytest.raises(ValueError, match=message):
+        fast.pack_sequences([[5, 6]], [[0, 1]])
+    assert fast(ids).exit_member.tolist() == [1]
+    monkeypatch.setattr(fast.encoders[1], "word_embeddings", fast.encoders[1].word_embeddings[:6])
+    with pytest.raises(ValueError, match=r"input_ids: expected values in \[0, 6\), got 5 ... 6"):
+        fast(ids)
+    monkeypatch.setattr(fast.encoders[1], "position_embeddings", fast.encoders[1].position_embeddings[:2])
+    monkeypatch.setattr(fast.encoders[1], "max_positions", 2)
+    with pytest.raises(ValueError, match=r"sequence length: expected at most 2 positions"):
+        fast(torch.tensor([[5, 5, 5]]))
+
+
 @pytest.mark.parametrize("system", [rx.DeeBert, rx.Berxit, rx.De3Bert, rx.ElasticBert, rx.Pabee])
 def test_a_truncated_model_answers_as_the_exit_at_that_layer(system: Any) -> None:
     model = randomised(system(config_of("bert"), exit_layers=[2, 3, 4]))

@@ -1,0 +1,218 @@
+"""stream: any number of sequences, in order, in bounded memory; a bad one is reported and the others answered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate_cases import (
+    CLOSE,
+    assert_results,
+    exiting,
+    fast_model,
+)
+from system_cases import config_of, randomised
+from tiny import (
+    LONGEST,
+    VOCAB,
+    bert_config,
+    impls,
+    one_thread,  # noqa: F401
+    padded,
+    random_rows,
+    roberta_config,
+    tiny_deebert,
+)
+
+import ragged_exit as rx
+from ragged_exit.accelerate import WINDOW_BATCHES
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("budget", [1, 30, 100, 8192])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_stream_answers_in_order_what_the_batch_forward_answers(kind: str, budget: int, impl: str) -> None:
+    config = roberta_config() if kind == "roberta" else bert_config()
+    model = exiting(tiny_deebert(config, pooling="mean"))
+    rows = random_rows(60, seed=4)
+    fast = rx.accelerate(model, impl=impl)
+    expected = fast(*padded(rows, fill=config.pad_token_id))
+    assert expected.exit_layer.unique().numel() > 2
+    results = list(fast.stream(rows, token_budget=budget))
+    assert len(results) == 60
+    assert_results(results, expected)
+
+
+def test_stream_takes_mappings_with_and_without_token_types() -> None:
+    model = exiting(tiny_deebert())
+    rows = random_rows(20, seed=6)
+    types = [[place % 2 for place in range(len(row))] if index % 3 else None for index, row in enumerate(rows)]
+    items: list[Any] = []
+    for index, (row, kinds) in enumerate(zip(rows, types, strict=True)):
+        if kinds is None:
+            items.append(row if index % 2 else {"input_ids": row})
+        else:
+            items.append({"input_ids": row, "token_type_ids": kinds, "attention_mask": [1] * len(row)})
+    ids, mask = padded(rows)
+    padded_types = torch.zeros_like(ids)
+    for index, kinds in enumerate(types):
+        if kinds is not None:
+            padded_types[index, : len(kinds)] = torch.tensor(kinds)
+    fast = rx.accelerate(model, impl="reference")
+    expected = fast(ids, mask, padded_types)
+    assert not torch.allclose(expected.logits, fast(ids, mask).logits, atol=1e-3)
+    assert_results(list(fast.stream(items, token_budget=50)), expected)
+    arrays = [np.array(row) if index % 2 else torch.tensor(row) for index, row in enumerate(rows)]
+    assert_results(list(fast.stream(arrays)), fast(ids, mask))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_uer_segments_are_taken_as_the_forward_takes_them(impl: str) -> None:
+    """FastBERT's own 1 and 2 in place of 0 and 1; rows with and without them, and with token types, in one batch."""
+    model = randomised(rx.FastBert(config_of("uer")))
+    model.rule = model.rule.with_threshold(0.35)
+    rows = random_rows(9, seed=2, longest=12)
+    types = [[int(place > len(row) // 2) for place in range(len(row))] for row in rows]
+    ids, mask = padded(rows)
+    fast = rx.accelerate(model, impl=impl)
+    expected = fast(ids, token_type_ids=(padded(types)[0] + 1) * mask)
+    assert expected.exit_layer.unique().numel() > 1
+    segments = [[kind + 1 for kind in kinds] for kinds in types]
+    mixed = [types[row] if row % 2 else segments[row] for row in range(9)]
+    for given in (types, segments, mixed):
+        items = [{"input_ids": row, "token_type_ids": kinds} for row, kinds in zip(rows, given, strict=True)]
+        assert_results(list(fast.stream(items, token_budget=20)), expected)
+    (bad,) = fast.stream([{"input_ids": [5, 6], "token_type_ids": [1, 0]}])
+    assert (
+        bad.error == "ValueError: token_type_ids: expected segments 1 and 2, got 0, padding; give sequences without it"
+    )
+
+
+def watch_runs(fast: rx.AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The lengths in every batch that the executor gets from now on."""
+    runs: list[list[int]] = []
+    run = fast.executor.run
+
+    def watched(batch: rx.RaggedBatch, *rest: Any) -> Any:
+        runs.append(batch.seqlens.tolist())
+        return run(batch, *rest)
+
+    monkeypatch.setattr(fast.executor, "run", watched)
+    return runs
+
+
+def test_stream_keeps_the_budget_and_sorts_by_length_inside_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = fast_model()
+    runs = watch_runs(fast, monkeypatch)
+    rows = random_rows(300, seed=1)
+    budget = 60
+    list(fast.stream(rows, token_budget=budget))
+    assert all(sum(lengths) <= budget for lengths in runs)
+    tokens = sum(map(len, rows))
+    assert len(runs) <= 1.5 * tokens / budget + 2  # batches are full, up to a row and the windows' ends
+    falls = [max(after) > min(before) for before, after in itertools.pairwise(runs)]
+    windows = tokens / (WINDOW_BATCHES * budget)
+    assert 2 <= sum(falls) <= windows + 1  # lengths only fall, and start again where a window starts
+    assert any(lengths != sorted(lengths) for lengths in (list(map(len, rows)),))
+
+
+def test_a_sequence_longer_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = fast_model()
+    runs = watch_runs(fast, monkeypatch)
+    rows = [[5] * 3, [6] * 20, [7] * 4]
+    results = list(fast.stream(rows, token_budget=8))
+    assert runs == [[20], [4, 3]]
+    assert_results(results, fast(*padded(rows)))
+
+
+def counted(rows: Iterator[Any], seen: list[int]) -> Iterator[Any]:
+    for number, row in enumerate(rows):
+        seen.append(number)
+        yield row
+
+
+def test_stream_reads_lazily_and_no_further_than_a_window() -> None:
+    fast = fast_model()
+    seen: list[int] = []
+    budget, length = 40, 10
+    endless = counted(([5 + number % 50] * length for number in itertools.count()), seen)
+    results = fast.stream(endless, token_budget=budget)
+    assert not seen  # nothing before the first answer is asked for
+    window = WINDOW_BATCHES * budget // length
+    for number in range(3 * window):
+        assert next(results).index == number
+        assert len(seen) <= (number // window + 1) * window
+
+
+def test_between_answers_the_caller_is_not_in_inference_mode() -> None:
+    results = fast_model().stream([[5, 6], [7]])
+    assert not next(results).logits.requires_grad
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_bad_rows_do_not_pile_up() -> None:
+    """A long run of bad rows: each is reported without reading far ahead."""
+    fast = fast_model()
+    seen: list[int] = []
+    results = fast.stream(counted(itertools.repeat([], 5000), seen), token_budget=16)
+    for number in range(300):
+        result = next(results)
+        assert result.index == number and "at least one token" in result.error
+        assert len(seen) <= number + WINDOW_BATCHES * 16
+
+
+BAD = {
+    "empty": ([], "ValueError: input_ids: expected at least one token"),
+    "too long": ([5] * (LONGEST + 1), f"ValueError: input_ids: expected at most {LONGEST} tokens"),
+    "vocabulary": ([5, VOCAB], f"ValueError: input_ids: expected values in [0, {VOCAB})"),
+    "negative": ([5, -1], "ValueError: input_ids: expected values"),
+    "huge": ([2**70], "ValueError: input_ids: expected values"),
+    "floats": ([5.0, 6.0], "TypeError: input_ids: expected integers, got float"),
+    "nan": ([float("nan")], "TypeError: input_ids: expected integers"),
+    "strings": (["good", "film"], "TypeError: input_ids: expected integers, got str"),
+    "text": ("good film", "TypeError: input_ids"),
+    "none": (None, "TypeError"),
+    "number": (5, "TypeError"),
+    "nested": ([[5, 6]], "TypeError: input_ids: expected integers, got list"),
+    "no ids": ({"ids": [5]}, "KeyError: 'input_ids'"),
+    "types": ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "ValueError: token_type_ids: expected values in [0, 2)"),
+    "type count": ({"input_ids": [5, 6], "token_type_ids": [0]}, "ValueError: token_type_ids: expected 2 values"),
+    "type floats": ({"input_ids": [5], "token_type_ids": [0.5]}, "TypeError: token_type_ids: expected integers"),
+    "padding": ({"input_ids": [5, 0], "attention_mask": [1, 0]}, "ValueError: attention_mask: expected only 1"),
+}
+
+
+@pytest.mark.parametrize("place", [0, 7, 24])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_reported_and_the_others_are_answered(kind: str, place: int) -> None:
+    fast = fast_model(threshold=0.5)
+    bad, message = BAD[kind]
+    rows: list[Any] = random_rows(24, seed=8, longest=12)
+    expected = fast(*padded(rows))
+    rows.insert(place, bad)
+    results = list(fast.stream(rows, token_budget=20))
+    reported = results.pop(place)
+    assert reported.index == place and reported.error.startswith(message)
+    assert all(getattr(reported, item.name) is None for item in fields(reported) if item.name not in ("index", "error"))
+    assert_results(results[:place], expected)
+    assert [result.index for result in results[place:]] == list(range(place + 1, 25))
+    for row, result in enumerate(results):
+        assert result.error is None
+        torch.testing.assert_close(result.logits, expected.logits[row], **CLOSE)
+
+
+def test_all_rows_bad_and_no_rows() -> None:
+    fast = fast_model()
+    results = list(fast.stream([[], "", None]))
+    assert [result.index for result in results] == [0, 1, 2] and all(result.error for result in results)
+    assert list(fast.stream([])) == []
+
+
+def test_a_bad_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="token_budget: expected at least 1, got 0"):
+        list(fast_model().stream([[5]], token_budget=0))
