@@ -48,6 +48,15 @@ class RaggedBatch:
     position_ids: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        rows, live = self.cu_seqlens, self.live  # the kernels read both as they lie in memory
+        if rows.dtype != torch.int32 or rows.ndim != 1:
+            raise ValueError(f"cu_seqlens: expected int32 [B + 1], got {rows.dtype} {list(rows.shape)}")
+        if live.dtype != torch.int32 or live.shape != (2,) or live.device != rows.device:
+            raise ValueError(
+                f"live: expected int32 [2] on {rows.device}, got {live.dtype} {list(live.shape)} on {live.device}"
+            )
+
     @property
     def row_capacity(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -77,9 +86,9 @@ class RaggedBatch:
     def from_seqlens(cls, seqlens: Tensor, device: torch.device | str = "cpu", **fields: object) -> RaggedBatch:
         """A batch of rows with these lengths (int ``[B]``, host), without tokens unless given by name."""
         seqlens = seqlens.to(device="cpu", dtype=torch.int32)
-        cu_seqlens = torch.zeros(len(seqlens) + 1, dtype=torch.int32)
+        cu_seqlens = seqlens.new_zeros(len(seqlens) + 1)
         torch.cumsum(seqlens, 0, dtype=torch.int32, out=cu_seqlens[1:])
-        live = torch.tensor([len(seqlens), int(cu_seqlens[-1])], dtype=torch.int32)
+        live = seqlens.new_tensor([len(seqlens), int(cu_seqlens[-1])])
         fields.setdefault("sample_ids", torch.arange(len(seqlens), device=device))
         return cls(cu_seqlens=cu_seqlens.to(device), live=live.to(device), seqlens=seqlens, **fields)  # type: ignore[arg-type]
 
@@ -150,11 +159,11 @@ class RaggedBatch:
         lengths = [len(sequence) for sequence in sequences]
         if 0 in lengths:
             raise ValueError(f"sequences: sequence {lengths.index(0)} has no tokens; expected at least one")
-        seqlens = torch.tensor(lengths, dtype=torch.int32)
+        seqlens = torch.tensor(lengths, dtype=torch.int32, device="cpu")
         batch = cls.from_seqlens(seqlens, device)
         batch.input_ids = _flatten("sequences", sequences).to(device)
         starts = (seqlens.cumsum(0) - seqlens).repeat_interleave(seqlens)
-        positions = torch.arange(int(seqlens.sum())) - starts
+        positions = torch.arange(int(seqlens.sum()), device="cpu") - starts
         if padding_idx is not None:
             counted = batch.input_ids.cpu() != padding_idx
             before = counted.cumsum(0)

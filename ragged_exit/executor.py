@@ -169,8 +169,8 @@ def _record(rows: int, departures: list[tuple[Stage, Tensor, ExitDecision]]) -> 
         return torch.cat(values)[order]
 
     def repeat(values: list[int]) -> Tensor:
-        counts = torch.tensor([len(left) for left in leaving])
-        return torch.repeat_interleave(torch.tensor(values), counts).to(ids.device)[order]
+        counts = torch.tensor([len(left) for left in leaving], device="cpu")
+        return torch.repeat_interleave(torch.tensor(values, device="cpu"), counts).to(ids.device)[order]
 
     decided = [(decision, left) for (_, _, decision), left in zip(departures, leaving, strict=True)]
     stages = [stage for stage, _, _ in departures]

@@ -61,13 +61,35 @@ class MlpHead:
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}")
-        width = self.classifier_weight.shape[1]
+        width, classes = self.classifier_weight.shape[1], self.num_labels
         if self.pooler_weight is not None and self.pooler_weight.shape[0] != width:
             raise ValueError(
                 f"pooler_weight: expected [{width}, H] to feed the classifier, got {list(self.pooler_weight.shape)}"
             )
-        if self.prototypes is not None and self.prototypes.shape[0] != self.num_labels:
-            raise ValueError(f"prototypes: expected {self.num_labels} rows (classes), got {self.prototypes.shape[0]}")
+        if self.prototypes is not None and self.prototypes.shape[0] != classes:
+            raise ValueError(f"prototypes: expected {classes} rows (classes), got {self.prototypes.shape[0]}")
+        if (self.prototypes is None) != (self.prototype_weight is None):
+            raise ValueError("prototypes: expected together with prototype_weight, got one of the two")
+        depth = 0 if self.prototypes is None else self.prototypes.shape[1]
+        for name, shape in (
+            ("classifier_bias", (classes,)),
+            ("pooler_bias", (width,)),
+            ("uncertainty_weight", (width,)),
+            ("uncertainty_bias", (1,)),
+            ("prototype_weight", (depth, self.hidden_size)),
+            ("prototype_bias", (depth,)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name}: expected {list(shape)}, got {list(value.shape)}")
+        like = self.classifier_weight
+        for item in fields(self):  # the kernels read raw memory
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor) and (value.dtype, value.device) != (like.dtype, like.device):
+                raise ValueError(
+                    f"{item.name}: expected {like.dtype} on {like.device} as the classifier, "
+                    f"got {value.dtype} on {value.device}"
+                )
 
     @property
     def num_labels(self) -> int:

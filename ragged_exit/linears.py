@@ -37,7 +37,7 @@ def check_activation(name: str) -> None:
 def prepacking_available() -> bool:
     """Probe, once: does this torch ship oneDNN's prepacked linear, and does it run here?"""
     try:
-        weight, x = torch.eye(32), torch.ones(32, 32)
+        weight, x = torch.eye(32, device="cpu"), torch.ones(32, 32, device="cpu")
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         other = torch.ops.mkldnn._linear_pointwise.binary(x, x, packed, None, "add")
         return bool(torch.equal(other, x + x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -227,3 +229,28 @@ def test_the_rest_names_what_is_wrong():
 def test_sequences_of_fractions_are_refused():
     with pytest.raises(TypeError, match="sequences: expected whole numbers"):
         RaggedBatch.from_sequences([[1.5, 2]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 2])}, r"cu_seqlens: expected int32 \[B \+ 1\], got torch.int64"),
+        ({"live": torch.tensor([1, 2])}, r"live: expected int32 \[2\] on cpu, got torch.int64"),
+        ({"live": torch.ones(3, dtype=torch.int32)}, r"live: .* got torch.int32 \[3\]"),
+        ({"live": torch.ones(2, dtype=torch.int32, device="meta")}, "live: .* on meta"),
+    ],
+)
+def test_what_the_kernels_read_is_what_they_expect(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RaggedBatch.from_seqlens(torch.tensor([2])), **changes)
+
+
+def test_the_default_device_is_nobodys_business():
+    """torch.set_default_device is for the caller's own tensors: batches stay where their inputs are."""
+    plain = RaggedBatch.from_sequences([[5, 6], [7]], padding_idx=6)
+    ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])
+    with torch.device("meta"):
+        for batch in (RaggedBatch.from_sequences([[5, 6], [7]], padding_idx=6), RaggedBatch.pack(ids, mask)):
+            for name in ("cu_seqlens", "live", "seqlens", "sample_ids", "input_ids", "position_ids"):
+                assert getattr(batch, name).device.type == "cpu", name
+            assert batch.cu_seqlens.tolist() == plain.cu_seqlens.tolist()

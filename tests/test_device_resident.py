@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_cases import SYSTEMS, check_ends, check_online, check_system
-from tiny import impls, one_thread, random_rows  # noqa: F401
+from device_cases import SYSTEMS, build, check_ends, check_online, check_system
+from tiny import impls, one_thread, padded, random_rows  # noqa: F401
 
+import ragged_exit as rx
 from ragged_exit.batch import RaggedBatch
+from ragged_exit.linears import prepacking_available
 from ragged_exit.ops import compact, exit_decide
 from ragged_exit.rules import Entropy
 from ragged_exit.testing import assert_compacted, random_batch, seeded
@@ -48,8 +50,21 @@ def test_compact_keeps_the_row_capacity(impl: str, monkeypatch) -> None:
         assert found.row_capacity == 7 and found.seqlens is batch.seqlens
         rows, tokens = found.live.tolist()
         assert found.cu_seqlens[rows:].eq(tokens).all()
-        with monkeypatch.context() as patch:
-            patch.setattr(RaggedBatch, "rows", property(lambda self: int(self.live[0])))
-            assert_compacted(batch, decision, found, capacity)
+        assert_compacted(batch, decision, found, capacity)
         batch = found
     assert batch.live.tolist() == [0, 0] and not batch.hidden.any()
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_the_default_device_is_nobodys_business(impl: str) -> None:
+    """torch.set_default_device is for the caller's own tensors, and the kernels take the addresses of ours."""
+    fast = rx.accelerate(build("pabee"), impl=impl)
+    ids, mask = padded(random_rows(6, seed=3, longest=12))
+    expected = fast(ids, mask)
+    prepacking_available.cache_clear()
+    with torch.device("meta"):
+        found = fast(ids, mask)
+        assert prepacking_available() == fast.encoder.layers[0].qkv.packed
+    assert found.executed_layers.unique().numel() > 1
+    for one, other in zip(found.to_tuple(), expected.to_tuple(), strict=True):
+        assert torch.equal(one, other)

@@ -31,6 +31,27 @@ def test_what_a_head_offers():
         ({"pooling": "max"}, r"pooling: expected one of \('cls', 'mean'\), got 'max'"),
         ({"pooler_weight": torch.zeros(6, 12)}, r"pooler_weight: expected \[5, H\].* got \[6, 12\]"),
         ({"prototypes": torch.zeros(2, 4)}, r"prototypes: expected 3 rows \(classes\), got 2"),
+        ({"prototypes": torch.zeros(3, 4)}, "prototypes: expected together with prototype_weight"),
+        (
+            {"prototypes": torch.zeros(3, 4), "prototype_weight": torch.zeros(4, 6)},
+            r"prototype_weight: expected \[4, 5\]",
+        ),
+        (
+            {"prototypes": torch.zeros(3, 4), "prototype_weight": torch.zeros(4, 5), "prototype_bias": torch.zeros(3)},
+            r"prototype_bias: expected \[4\], got \[3\]",
+        ),
+        ({"classifier_bias": torch.zeros(2)}, r"classifier_bias: expected \[3\], got \[2\]"),
+        ({"pooler_weight": torch.zeros(5, 12), "pooler_bias": torch.zeros(12)}, r"pooler_bias: expected \[5\]"),
+        ({"uncertainty_weight": torch.zeros(1, 5)}, r"uncertainty_weight: expected \[5\], got \[1, 5\]"),
+        ({"uncertainty_bias": torch.zeros(())}, r"uncertainty_bias: expected \[1\], got \[\]"),
+        (
+            {"classifier_bias": torch.zeros(3).double()},
+            "classifier_bias: expected torch.float32 .* torch.float64",
+        ),
+        (
+            {"pooler_weight": torch.zeros(5, 5, device="meta")},
+            "pooler_weight: expected torch.float32 on cpu .* meta",
+        ),
     ],
 )
 def test_refusals(fields, message):

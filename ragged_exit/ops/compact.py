@@ -25,10 +25,20 @@ def compact(
     capacity shrinks to the survivors; on a GPU it stays, so that no count has to reach the host, and ``token_capacity``
     is believed.
 
-    Raises ValueError when ``token_capacity`` is smaller than the survivors' tokens, or there are no survivors.
+    Raises ValueError when ``token_capacity`` is smaller than the survivors' tokens, there are no survivors, the
+    decision is another batch's, or an entry of the state has another row count or device than the batch.
     """
     seqlens = batch.seqlens
     row_capacity = batch.row_capacity
+    if decision.survivors.shape != (row_capacity,):
+        raise ValueError(f"decision: expected one of {row_capacity} rows, got {list(decision.survivors.shape)}")
+    state = {**batch.state, **decision.state}
+    for name, value in state.items():
+        if value.shape[:1] != (row_capacity,) or value.device != batch.device:
+            raise ValueError(
+                f'batch.state["{name}"]: expected [{row_capacity}, ...] on {batch.device}, '
+                f"got {list(value.shape)} on {value.device}"
+            )
     cu_seqlens = decision.cu_seqlens
     if batch.live_on_host:
         row_capacity, tokens = decision.live.tolist()
@@ -43,7 +53,6 @@ def compact(
             )
     elif token_capacity is None:
         raise ValueError("token_capacity: expected a number on a GPU, where the survivors' count is not on the host")
-    state = {**batch.state, **decision.state}
     names = [name for name in _TOKEN_FIELDS if getattr(batch, name) is not None]
     gathered = _compact(
         [getattr(batch, name) for name in names],

@@ -39,6 +39,8 @@ def exit_decide(
         if signal is None or list(signal.shape) != expected:
             got = "None" if signal is None else list(signal.shape)
             raise ValueError(f"signal: {type(rule).__name__} needs {rule.needs} of shape {expected}, got {got}")
+        if signal.device != batch.device:
+            raise ValueError(f"signal: expected the device of batch, {batch.device}, got {signal.device}")
     else:
         signal = None
     threshold = row_threshold(batch, rule, exit_index)

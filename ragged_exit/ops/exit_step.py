@@ -198,12 +198,7 @@ def row_threshold(batch: RaggedBatch, rule: ExitRule, exit_index: int) -> Tensor
     threshold = batch.state.get("threshold")
     if threshold is None:
         return _constant(rule.threshold_at(exit_index), batch.device)
-    if threshold.shape != (batch.row_capacity,) or threshold.dtype != torch.float32:
-        raise ValueError(
-            f'batch.state["threshold"]: expected f32 [{batch.row_capacity}], '
-            f"got {threshold.dtype} {list(threshold.shape)}"
-        )
-    return threshold
+    return _row_state(batch, "threshold", torch.float32)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -218,7 +213,18 @@ def rule_state(batch: RaggedBatch, rule: ExitRule) -> tuple[Tensor | None, Tenso
     missing = {"counter", "previous"} - set(batch.state)
     if missing:
         raise ValueError(f"batch: {type(rule).__name__} needs row state {sorted(missing)}; see rule.initial_state")
-    return batch.state["counter"], batch.state["previous"]
+    return _row_state(batch, "counter", torch.int32), _row_state(batch, "previous", torch.float32)
+
+
+def _row_state(batch: RaggedBatch, name: str, dtype: torch.dtype) -> Tensor:
+    """An entry ``[Bcap]`` of the row state; raises ValueError unless the kernels can read it as it is."""
+    value, rows = batch.state[name], batch.row_capacity
+    if value.shape != (rows,) or value.dtype != dtype or value.device != batch.device:
+        raise ValueError(
+            f'batch.state["{name}"]: expected {dtype} [{rows}] on {batch.device}, '
+            f"got {value.dtype} {list(value.shape)} on {value.device}"
+        )
+    return value
 
 
 def check_classes(rule: ExitRule, num_labels: int) -> None:

@@ -39,7 +39,7 @@ def varlen_attention(
     is_bf16 = _check_dtype(q)
     q, k, v = _rows(q), _rows(k), _rows(v)
     cu_seqlens = cu_seqlens.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     _native.varlen_attention(
         q.data_ptr(),
         k.data_ptr(),
@@ -69,7 +69,7 @@ def add_layer_norm(
     is_bf16 = _check_dtype(x)
     x, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else _rows(residual)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     _native.add_layer_norm(
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
@@ -209,8 +209,8 @@ def compact(
 ) -> list[Tensor]:
     tokens = [value.contiguous() for value in tokens]
     rows = [value.contiguous() for value in rows]
-    new_tokens = [torch.empty((token_capacity, *value.shape[1:]), dtype=value.dtype) for value in tokens]
-    new_rows = [torch.empty((row_capacity, *value.shape[1:]), dtype=value.dtype) for value in rows]
+    new_tokens = [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens]
+    new_rows = [value.new_empty((row_capacity, *value.shape[1:])) for value in rows]
     survivors, cu_seqlens = survivors.contiguous(), cu_seqlens.contiguous()
     new_cu_seqlens, live = new_cu_seqlens.contiguous(), live.contiguous()
     _native.compact(
@@ -269,15 +269,16 @@ def _exit_tensors(
         None if previous is None else previous.contiguous(),
         threshold.contiguous(),
     )
+    floats, ints = threshold.new_empty, live.new_empty  # on the CPU, whatever torch's default device is
     outputs = ExitTensors(
-        logits=torch.empty(rows, classes),
-        score=torch.empty(rows),
-        exits=torch.empty(rows, dtype=torch.bool),
-        survivors=torch.empty(rows, dtype=torch.int32),
-        cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
-        live=torch.empty(2, dtype=torch.int32),
-        counter=torch.empty(counted, dtype=torch.int32),
-        previous=torch.empty(counted),
+        logits=floats(rows, classes),
+        score=floats(rows),
+        exits=floats(rows, dtype=torch.bool),
+        survivors=ints(rows),
+        cu_seqlens=ints(rows + 1),
+        live=ints(2),
+        counter=ints(counted),
+        previous=floats(counted),
     )
     return inputs, outputs
 

@@ -88,7 +88,8 @@ def step_oracle(
     """What ``exit_step`` should decide."""
     assert batch.hidden is not None
     hidden = batch.hidden.detach().cpu().double()
-    pieces = hidden[: batch.tokens].split(batch.seqlens.tolist())
+    lengths = live_lengths(batch)
+    pieces = hidden[: sum(lengths)].split(lengths)
     pooled = torch.stack([piece[0] if head.pooling == "cls" else piece.mean(0) for piece in pieces])  # [B, H]
     features = pooled
     if head.pooler_weight is not None:
@@ -116,7 +117,7 @@ def decide_oracle(
     exit_index: int = 0,
 ) -> OracleDecision:
     """What ``exit_decide`` should decide. ``hf`` and ``castorini`` stand for the true entropy (finite logits)."""
-    rows, spec = batch.rows, rule.spec
+    rows, spec = int(batch.live[0]), rule.spec
     logits = logits[:rows].detach().cpu().double()
     signal = None if signal is None else signal[:rows].detach().cpu().double()
     if "threshold" in batch.state:
@@ -270,13 +271,19 @@ def assert_same_decisions(
     return MarginReport(rows, int(tie.sum()))
 
 
+def live_lengths(batch: RaggedBatch) -> list[int]:
+    """How many tokens each live row has, read from the device: ``seqlens`` may be those of an earlier batch."""
+    return batch.cu_seqlens.diff()[: int(batch.live[0])].tolist()
+
+
 def assert_plan(batch: RaggedBatch, decision: ExitDecision) -> None:
     """The plan follows from the decision's own exits: survivors, their cu_seqlens and live; nothing lives past live."""
     exits = decision.exits.tolist()
     assert len(exits) == batch.row_capacity
-    assert not any(exits[batch.rows :]), "a row past live exits"
-    lengths = batch.seqlens.tolist()
-    stay = [row for row in range(batch.rows) if not exits[row]]
+    lengths = live_lengths(batch)
+    rows = len(lengths)
+    assert not any(exits[rows:]), "a row past live exits"
+    stay = [row for row in range(rows) if not exits[row]]
     bounds = [0]
     for row in stay:
         bounds.append(bounds[-1] + lengths[row])
@@ -287,14 +294,14 @@ def assert_plan(batch: RaggedBatch, decision: ExitDecision) -> None:
     for name, dtype in (("exits", torch.bool), ("survivors", torch.int32), ("cu_seqlens", torch.int32)):
         assert getattr(decision, name).dtype == dtype, name
     assert decision.live.dtype == torch.int32
-    assert not decision.logits[batch.rows :].any() and not decision.score[batch.rows :].any()  # NaN is truthy
+    assert not decision.logits[rows:].any() and not decision.score[rows:].any()  # NaN is truthy
 
 
 def assert_compacted(
     batch: RaggedBatch, decision: ExitDecision, compacted: RaggedBatch, token_capacity: int | None = None
 ) -> None:
     """``compacted`` holds exactly the survivors' tokens and row state, then zeros; bit for bit, NaN equal to NaN."""
-    stay = [row for row, left in enumerate(decision.exits.tolist()) if not left and row < batch.rows]
+    stay = [row for row, left in enumerate(decision.exits.tolist()) if not left and row < int(batch.live[0])]
     bounds = batch.cu_seqlens.tolist()
     source = [token for row in stay for token in range(bounds[row], bounds[row + 1])]
     assert compacted.cu_seqlens[: len(stay) + 1].diff().tolist() == [bounds[row + 1] - bounds[row] for row in stay]

@@ -114,6 +114,16 @@ def test_large_scores_do_not_overflow(impl, dtype, device):
     assert_error_budget(out, plain, attention_oracle(q, k, v, lengths, 1.0), dtype)
 
 
+def test_a_key_of_minus_infinity_weighs_nothing(impl, device):
+    """A first block of keys whose every score is -inf must not spoil the blocks after it; -inf alone is NaN."""
+    q, k = torch.ones(83, 1, 8, device=device), torch.ones(83, 1, 8, device=device)
+    v = torch.randn(83, 1, 8, generator=seeded(8)).to(device)
+    k[:70], k[80:] = -math.inf, -math.inf
+    out = varlen_attention(q, k, v, bounds([80, 3], device), 80, 1.0, impl=impl)
+    torch.testing.assert_close(out[:80], v[70:80].mean(0, keepdim=True).expand(80, 1, 8))
+    assert out[80:].isnan().all()
+
+
 def test_nan_stays_in_its_sequence(impl, dtype, device):
     lengths = [5, 7, 3]
     clean = qkv_views(20, 2, 16, seeded(4), dtype=dtype, device=device, layout="separate")

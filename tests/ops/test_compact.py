@@ -143,7 +143,7 @@ def test_twice(impl, device):
         after = compact(batch, decision, int(decision.live[1]) + 4, impl=impl)
         assert_compacted(batch, decision, after, int(decision.live[1]) + 4)
         batch = after
-    assert batch.sample_ids[:2].tolist() == [2, 5] and batch.seqlens[:2].tolist() == [5, 1]
+    assert batch.sample_ids[:2].tolist() == [2, 5] and batch.cu_seqlens[:3].tolist() == [0, 5, 6]
     assert_same_values(batch.hidden[:5], original.hidden[4:9])
     assert_same_values(batch.hidden[5:6], original.hidden[15:16])
 
@@ -154,6 +154,17 @@ def test_only_token_ids(impl, device):
     compacted = compact(batch, decide_by_hand(batch, [True, False, False]), 4, impl=impl)
     assert compacted.hidden is None and compacted.token_type_ids is None
     assert compacted.input_ids.tolist() == [7, 8, 9, 10] and compacted.position_ids.tolist() == [0, 0, 1, 2]
+
+
+def test_another_batchs_decision_or_state_is_refused(impl, device):
+    batch = random_batch([2, 1, 3], 4, seeded(6), device=device)
+    decision = decide_by_hand(batch, [True, False, False])
+    with pytest.raises(ValueError, match=r"decision: expected one of 3 rows, got \[2\]"):
+        compact(batch, decision._replace(survivors=decision.survivors[:2]), 4, impl=impl)
+    for bad in (torch.zeros(2, 5, device=device), torch.zeros((), device=device), torch.zeros(3, device="meta")):
+        batch.state = {"past": bad}
+        with pytest.raises(ValueError, match=r'state."past".: expected \[3, ...\]'):
+            compact(batch, decision, 4, impl=impl)
 
 
 def test_errors_name_the_argument(impl, device):

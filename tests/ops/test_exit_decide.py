@@ -465,8 +465,23 @@ def test_errors_name_the_argument(impl, device):
             exit_decide(batch, logits, rule, impl=impl)
         with pytest.raises(ValueError, match=r"signal: .* got \[7\]"):
             exit_decide(batch, logits, rule, signal=torch.zeros(7, device=device), impl=impl)
+        with pytest.raises(ValueError, match="signal: expected the device of batch"):
+            exit_decide(batch, logits, rule, signal=torch.zeros(shape, device="meta"), impl=impl)
         exit_decide(batch, logits, rule, signal=torch.full(shape, 0.5, device=device), impl=impl)
     with pytest.raises(ValueError, match="at least 2 classes"):
         exit_decide(batch, logits[:, :1], DistanceEntropy(0.4), signal=torch.zeros(2, 1, device=device), impl=impl)
     with pytest.raises(ValueError, match="row state"):
+        exit_decide(batch, logits, Patience(2), impl=impl)
+    good = {"counter": torch.zeros(2, dtype=torch.int32, device=device), "previous": torch.zeros(2, device=device)}
+    for key, bad in (
+        ("counter", good["counter"].long()),
+        ("counter", good["counter"][:1]),
+        ("previous", good["previous"].double()),
+        ("previous", good["previous"].to("meta")),
+    ):
+        batch.state = good | {key: bad}
+        with pytest.raises(ValueError, match=f'state."{key}".: expected torch'):
+            exit_decide(batch, logits, Patience(2), impl=impl)
+    batch.state = good | {"threshold": torch.zeros(2, device="meta")}
+    with pytest.raises(ValueError, match=r'state."threshold".: expected torch.float32 .* on meta'):
         exit_decide(batch, logits, Patience(2), impl=impl)

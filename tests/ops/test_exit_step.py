@@ -411,5 +411,5 @@ def test_errors_name_the_argument(impl, device):
         exit_step(batch, head, Patience(2), impl=impl)
     for bad in (torch.zeros(3, device=device), torch.zeros(2, device=device, dtype=torch.float64)):
         batch.state["threshold"] = bad
-        with pytest.raises(ValueError, match='state\\["threshold"\\]: expected f32'):
+        with pytest.raises(ValueError, match=r'state\["threshold"\]: expected torch.float32'):
             exit_step(batch, head, entropy, impl=impl)

@@ -57,7 +57,8 @@ def varlen_attention_kernel(
             has_query = (at < length)[:, None] & has_dim
             q_rows = q_ptr + (begin + at)[:, None] * q_token_stride + head * q_head_stride
             q = tl.load(q_rows + dims[None, :], mask=has_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-            highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            # the lowest finite number: from a block whose scores are all -inf, -inf would make NaN
+            highest = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
             total = tl.zeros((BLOCK_M,), tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             for start in range(0, length, BLOCK_N):
@@ -67,7 +68,7 @@ def varlen_attention_kernel(
                 k = tl.load(k_rows + dims[:, None], mask=has_key[None, :] & (dims < D)[:, None], other=0.0)
                 s = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale_log2  # [BLOCK_M, BLOCK_N]
                 s = tl.where(has_key[None, :], s, float("-inf"))
-                higher = tl.maximum(highest, tl.max(s, 1))  # finite: a row has a key in its first block
+                higher = tl.maximum(highest, tl.max(s, 1))
                 p = tl.exp2(s - higher[:, None])
                 shrink = tl.exp2(highest - higher)
                 total = total * shrink + tl.sum(p, 1)

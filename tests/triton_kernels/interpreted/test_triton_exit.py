@@ -122,6 +122,20 @@ def test_tickets_are_back_at_zero():
     assert plan.tickets(1, batch.device) is tickets
 
 
+def test_captured_calls_have_tickets_of_their_own(monkeypatch):
+    """Slices of what was zeroed before the capture, none handed out twice, each aligned as an allocation is."""
+    arena = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setitem(plan._arenas, arena.device, arena)
+    taken = [plan._captured_tickets(count, arena.device) for count in (5, 17, 1)]
+    assert [part.numel() >= count for part, count in zip(taken, (5, 17, 1), strict=True)] == [True] * 3
+    assert all((part.data_ptr() - arena.data_ptr()) % 16 == 0 for part in taken)
+    for part in taken:
+        part += 1
+    assert int(arena.max()) == 1
+    used_up = plan._captured_tickets(50, arena.device)
+    assert used_up.numel() >= 50 and not used_up.any()
+
+
 def test_scan_over_several_blocks():
     """More rows than one block of the prefix scan (1,024), and a chain of survivors across its edge."""
     generator = seeded(3)
