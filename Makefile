@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0  # the oldest supported, the pinned and the newest supported
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: bench test lint format fuzz aot gpu clean $(TRITONS:%=aot-%)
+.PHONY: bench test lint format fuzz ray aot gpu clean $(TRITONS:%=aot-%)
 
 bench: $(STAMP)  ## score the embedded default, print the table, write the picture
 	$(BIN)/ragged-exit bench --json ragged_exit_bench.json --plot ragged_exit_bench.png
@@ -25,6 +25,10 @@ format: $(STAMP)
 
 fuzz: $(STAMP)  ## the long op suite: >= 100,000 rows an implementation
 	$(BIN)/python -m pytest -s -m slow tests/fuzz
+
+ray: $(STAMP)  ## score on a real local Ray cluster, a worker killed midway
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pytest -m slow tests/integrations
 
 # Add --keep-going to see what differs under every version; AOT=--update rewrites the committed table.
 AOT ?= --check

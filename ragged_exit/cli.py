@@ -1,4 +1,4 @@
-"""The command line: ragged-exit bench | fit."""
+"""The command line: ragged-exit bench | fit | score."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Early-exit encoders that are fast in batches.")
 console = Console(width=None if sys.stdout.isatty() else 120)  # a file or a pipe has no width of its own
+
+
+class EngineName(StrEnum):
+    """Where ``score`` runs."""
+
+    local = "local"
+    ray = "ray"
 
 
 class DType(StrEnum):
@@ -126,6 +133,60 @@ def fit(
         table.add_row(str(exit_.member), str(exit_.layer), str(exit_.executed_layers), *figures)
     console.print(table)
     console.print(f"wrote {out}")
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="early-exit checkpoint with its tokenizer, as fit writes it")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="csv, tsv, jsonl or parquet with text[, text2][, id]")],
+    out: Annotated[Path, typer.Argument(help="csv, tsv, jsonl or parquet; an unfinished run there goes on")],
+    engine: Annotated[
+        EngineName, typer.Option(help="local: this process; ray: a cluster's workers")
+    ] = EngineName.local,
+    threshold: Annotated[float | None, typer.Option(help="(default: the checkpoint's)")] = None,
+    patience: Annotated[int | None, typer.Option(help="(default: the checkpoint's)")] = None,
+    text: Annotated[str, typer.Option(help="column of the texts")] = "text",
+    text2: Annotated[str | None, typer.Option(help="column of the second texts of pairs")] = None,
+    dtype: Annotated[DType, typer.Option(help="fp32 or bf16")] = DType.fp32,
+    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 512,
+    token_budget: Annotated[int, typer.Option(min=1, help="tokens a batch")] = 8192,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (ray: a worker; default 1)")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="ray: workers")] = 2,
+    gpus: Annotated[float, typer.Option(min=0, help="ray: GPUs a worker")] = 0,
+    address: Annotated[str | None, typer.Option(help="ray: a running cluster (default: start one here)")] = None,
+) -> None:
+    """Answer every row of a file, in order; killed and called again, it goes on without losing or repeating a row."""
+    import torch  # here, so that --help answers at once
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from ragged_exit.integrations.score import score_file, score_locally
+    from ragged_exit.integrations.scorer import ScoreOptions
+
+    try:
+        if engine is EngineName.ray:
+            from ragged_exit.integrations.ray_engine import ray_engine
+
+            run = ray_engine(workers=workers, threads=threads or 1, gpus=gpus, address=address)
+        else:
+            run = score_locally
+            if threads is not None:
+                torch.set_num_threads(threads)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("rows", total=None)
+            scored = score_file(
+                ScoreOptions(model, threshold, patience, str(dtype), max_length, token_budget),
+                source,
+                out,
+                text=text,
+                text2=text2,
+                engine=run,
+                on_rows=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        console.print(f"[red]error[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    console.print(f"wrote {scored.rows:,} rows to {out}, {scored.errors:,} of them with an error", highlight=False)
 
 
 if __name__ == "__main__":

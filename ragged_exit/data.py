@@ -95,10 +95,7 @@ def read_text_data(
     if table.num_rows == 0:
         raise ValueError(f"{path}: the file is empty, expected at least one row")
     names = table.column_names
-    if text == "text" and text not in names:
-        text = next((name for name in _PARTNER if name in names), text)
-    if text2 is None and (partner := _PARTNER.get(text, "text2")) in names:
-        text2 = partner
+    text, text2 = text_columns(names, text, text2)
 
     has_labels = require_labels or label in names
     labels, label_names = _labels(path, label, _column(path, table, label)) if has_labels else (None, None)
@@ -110,6 +107,15 @@ def read_text_data(
         ids=list(ids),
         label_names=label_names,
     )
+
+
+def text_columns(names: Sequence[str], text: str = "text", text2: str | None = None) -> tuple[str, str | None]:
+    """The columns of the texts and of their partners (or None) among ``names``, as `read_text_data` chooses them."""
+    if text == "text" and text not in names:
+        text = next((name for name in _PARTNER if name in names), text)
+    if text2 is None and (partner := _PARTNER.get(text, "text2")) in names:
+        text2 = partner
+    return text, text2
 
 
 def split_by_hash(ids: Iterable[str], fractions: Sequence[float] = (0.70, 0.15, 0.15)) -> tuple[list[int], ...]:

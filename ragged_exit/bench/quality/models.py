@@ -118,12 +118,11 @@ class Study:
             self.say(f"{self.task.name}: training {name}")
             set_seed(self.seed)
             model = self._fresh(name)
+            options = self._options()
             hard = None
             if name == SMALL_MEMBER:
-                hard = difficult_rows(
-                    model, self.train, folds=FOLDS, seed=self.seed, work_dir=folder, **self._options()
-                )
-            fit(model, self.train, self.valid, hard=hard, seed=self.seed, work_dir=folder / "run", **self._options())
+                hard = difficult_rows(model, self.train, folds=FOLDS, work_dir=folder, **options)
+            fit(model, self.train, self.valid, hard=hard, work_dir=folder / "run", **options)
             model.save_pretrained(folder)
             for run in folder.iterdir():
                 if run.is_dir():

@@ -1,0 +1,103 @@
+"""Scorer: a checkpoint and its tokenizer, from a table of texts to a table of answers. Every engine uses it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import AutoTokenizer
+
+from ragged_exit.accelerate import RowResult, accelerate
+from ragged_exit.models.loading import load
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What decides the answers: plain values, so that they travel to other machines. None is the model's own."""
+
+    model: str
+    threshold: float | None = None
+    patience: int | None = None
+    dtype: str = "fp32"
+    max_length: int = 512
+    token_budget: int = 8192
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Scorer:
+    """Holds the accelerated model. Raises ValueError for options that do not fit it."""
+
+    def __init__(self, options: ScoreOptions, device: str | None = None) -> None:
+        self.options = options
+        if options.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {options.dtype!r}")
+        model = load(options.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.limit = min(options.max_length, self.tokenizer.model_max_length, _positions(model.config))
+        self.fast = accelerate(
+            model,
+            threshold=options.threshold,
+            patience=options.patience,
+            dtype=DTYPES[options.dtype],
+            device=device,
+        )
+        self.regression = model.config.num_labels == 1
+
+    def score(self, texts: pa.Table) -> pa.Table:
+        """id, text[, text2] in; id, label (or value), score, exit_layer, exit_member, executed_layers, logits, error.
+
+        A row that cannot be answered has an ``error`` and nulls; the others are answered all the same.
+        """
+        encoded = self._encode(texts)
+        rows = list(self.fast.stream(encoded, self.options.token_budget))
+        logits = [None if row.logits is None else row.logits.tolist() for row in rows]
+        answer = pa.array(
+            [_answer(row, self.regression) for row in rows], pa.float32() if self.regression else pa.int64()
+        )
+        return pa.table(
+            {
+                "id": texts.column("id").combine_chunks(),
+                "value" if self.regression else "label": answer,
+                "score": pa.array([row.score for row in rows], pa.float32()),
+                "exit_layer": pa.array([row.exit_layer for row in rows], pa.int32()),
+                "exit_member": pa.array([row.exit_member for row in rows], pa.int32()),
+                "executed_layers": pa.array([row.executed_layers for row in rows], pa.int32()),
+                "logits": pa.array(logits, pa.list_(pa.float32())),
+                "error": pa.array([row.error for row in rows], pa.string()),
+            }
+        )
+
+    def _encode(self, texts: pa.Table) -> list[dict[str, list[int]]]:
+        """Token ids a row; none where a text is null, which ``stream`` reports."""
+        first = texts.column("text").to_pylist()
+        second = texts.column("text2").to_pylist() if "text2" in texts.column_names else None
+        good = [
+            row for row, text in enumerate(first) if text is not None and (second is None or second[row] is not None)
+        ]
+        rows: list[dict[str, list[int]]] = [{"input_ids": []} for _ in first]
+        if good:
+            pairs = None if second is None else [second[row] for row in good]
+            encoded = self.tokenizer([first[row] for row in good], pairs, truncation=True, max_length=self.limit)
+            for place, row in enumerate(good):
+                rows[row] = {"input_ids": encoded["input_ids"][place]}
+                if second is not None and "token_type_ids" in encoded:
+                    rows[row]["token_type_ids"] = encoded["token_type_ids"][place]
+        return rows
+
+
+def _answer(row: RowResult, regression: bool) -> float | int | None:
+    if row.logits is None:
+        return None
+    return float(row.logits[0]) if regression else int(row.logits.argmax())
+
+
+def _positions(config: Any) -> int:
+    """The longest sequence that the position table takes; RoBERTa's begins behind the padding index."""
+    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return config.max_position_embeddings - offset

@@ -1,0 +1,204 @@
+"""Scoring files: the answers are the model's, in order; bad rows cost only themselves; kills cost nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from score_cases import save_checkpoint, start, texts
+from tiny import one_thread  # noqa: F401  (autouse)
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import ragged_exit as rx
+from ragged_exit.cli import app
+from ragged_exit.integrations import score as score_module
+from ragged_exit.integrations.score import score_file
+from ragged_exit.integrations.scorer import ScoreOptions
+from ragged_exit.integrations.shards import split
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of 16 rows, for files of a few hundred."""
+    monkeypatch.setattr(score_module, "split", lambda *arguments: split(*arguments, shard_rows=16))
+
+
+def write(path, rows: list[str], **columns):
+    table = pa.table({"text": rows, **columns})
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(table, path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    else:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        style = "none" if path.suffix == ".tsv" else "all_valid"
+        options = pa.csv.WriteOptions(delimiter=delimiter, quoting_style=style, quoting_header=style)
+        pa.csv.write_csv(table, path, write_options=options)
+    return path
+
+
+def read(path) -> list[dict]:
+    if path.suffix == ".parquet":
+        return pa.parquet.read_table(path).to_pylist()
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    table = pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
+    return table.to_pylist()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_answers_are_the_models_in_order(suffix, checkpoint, tmp_path, small_shards):
+    rows = texts(100)
+    seen = []
+    scored = score_file(
+        ScoreOptions(str(checkpoint), token_budget=64),
+        write(tmp_path / f"in{suffix}", rows),
+        tmp_path / f"out{suffix}",
+        on_rows=lambda done, total: seen.append((done, total)),
+    )
+    assert scored == (100, 0) and seen[0] == (0, 100) and seen[-1] == (100, 100)
+    found = read(tmp_path / f"out{suffix}")
+    ids = AutoTokenizer.from_pretrained(checkpoint)(rows)["input_ids"]
+    wanted = list(rx.accelerate(rx.load(checkpoint)).stream(ids))
+    assert [str(row["id"]) for row in found] == [str(number) for number in range(100)]
+    assert [row["exit_layer"] for row in found] == [row.exit_layer for row in wanted]
+    assert [row["label"] for row in found] == [int(row.logits.argmax()) for row in wanted]
+    assert len({row["exit_layer"] for row in found}) > 1
+    for row, other in zip(found, wanted, strict=True):
+        logits = json.loads(row["logits"]) if isinstance(row["logits"], str) else row["logits"]
+        torch.testing.assert_close(torch.tensor(logits), other.logits, atol=1e-5, rtol=0)
+    assert not (tmp_path / f"out{suffix}.parts").exists()
+
+
+def test_regression_and_pairs_and_ids(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "model", num_labels=1)
+    first, second = texts(30, 1), texts(30, 2)
+    source = write(tmp_path / "in.jsonl", first, text2=second, id=[f"r{row}" for row in range(30)])
+    score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.parquet")
+    found = read(tmp_path / "out.parquet")
+    encoded = AutoTokenizer.from_pretrained(checkpoint)(first, second)
+    rows = [
+        {"input_ids": ids, "token_type_ids": types}
+        for ids, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
+    ]
+    wanted = list(rx.accelerate(rx.load(checkpoint)).stream(rows))
+    assert [row["id"] for row in found] == [f"r{row}" for row in range(30)]
+    torch.testing.assert_close(
+        torch.tensor([row["value"] for row in found]), torch.stack([row.logits[0] for row in wanted])
+    )
+
+
+def test_a_missing_text_is_reported_and_the_others_answered(checkpoint, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "good film"}\n{"text": null}\n{"text": "bad"}\n')
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (3, 1)
+    first, second, third = read(tmp_path / "out.jsonl")
+    assert first["error"] is None and third["error"] is None and third["label"] in (0, 1)
+    assert second["id"] == "1" and "input_ids" in second["error"] and second["label"] is None
+
+
+def test_long_texts_are_cut_and_numbers_stay_texts(checkpoint, tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("text\n1\n2\n" + "good " * 2000 + "\n")
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (3, 0)
+
+
+def test_a_raised_engine_keeps_what_is_done(checkpoint, tmp_path, small_shards):
+    source = write(tmp_path / "in.parquet", texts(80))
+    answered = []
+
+    def dies_after_two(options, shards):
+        for number, rows in enumerate(score_module.score_locally(options, shards)):
+            if number == 2:
+                raise KeyboardInterrupt
+            answered.append(rows)
+            yield rows
+
+    with pytest.raises(KeyboardInterrupt):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies_after_two)
+    assert not (tmp_path / "out.csv").exists()
+    seen = []
+    score_file(
+        ScoreOptions(str(checkpoint)),
+        source,
+        tmp_path / "out.csv",
+        on_rows=lambda done, total: seen.append(done),
+    )
+    assert seen[0] >= 32 and seen[-1] == 80  # two shards at least were not done again
+
+
+def test_another_runs_parts_are_refused(checkpoint, tmp_path, small_shards):
+    source = write(tmp_path / "in.parquet", texts(40))
+
+    def dies(options, shards):
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies)
+    with pytest.raises(ValueError, match="another model, input or options"):
+        score_file(ScoreOptions(str(checkpoint), threshold=0.1), source, tmp_path / "out.csv")
+
+
+def test_killed_three_times_and_resumed_is_uninterrupted(checkpoint, tmp_path):
+    """SIGKILL while shards are being answered; the joined file is the uninterrupted run's, byte for byte."""
+    source = write(tmp_path / "in.jsonl", texts(60_000))
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    parts = tmp_path / "out.jsonl.parts"
+    kills = []
+    for kill in range(3):
+        process = start(checkpoint, source, out, "--threads", 1)
+        deadline = time.monotonic() + 240
+        while process.poll() is None and len(list(parts.glob("out-*.parquet"))) < 2 * (kill + 1):
+            assert time.monotonic() < deadline, "no shard was answered"
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills.append(len(list(parts.glob("out-*.parquet"))))
+        process.communicate()
+    assert len(kills) == 3 and not out.exists()
+    for path in (out, whole):
+        process = start(checkpoint, source, path, "--threads", 1)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert out.read_bytes() == whole.read_bytes()
+    assert len(out.read_text().splitlines()) == 60_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.txt", "a", "in: expected a file that ends in"),
+        ("in.csv", "words\na\n", "no column 'text'"),
+        ("in.csv", "text\n", "no rows"),
+        ("in.parquet", "not parquet", "not readable"),
+        (None, "", "in: no file"),
+    ],
+)
+def test_bad_input_is_one_clear_line(name, content, message, checkpoint, tmp_path):
+    source = tmp_path / (name or "absent.csv")
+    if name:
+        source.write_text(content)
+    result = CliRunner().invoke(app, ["score", str(checkpoint), str(source), str(tmp_path / "out.csv")])
+    assert result.exit_code == 2 and message in result.output.replace("\n", " ") and "Traceback" not in result.output
+
+
+def test_an_output_that_is_there_is_not_overwritten(checkpoint, tmp_path):
+    out = tmp_path / "out.csv"
+    out.write_text("precious")
+    source = write(tmp_path / "in.csv", ["good"])
+    with pytest.raises(ValueError, match="out: "):
+        score_file(ScoreOptions(str(checkpoint)), source, out)
+    assert out.read_text() == "precious"
