@@ -130,7 +130,7 @@ class EarlyExitModel(nn.Module):
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, or the mean squared error for one output."""
         if logits.shape[1] == 1:
-            return F.mse_loss(logits[:, 0].float(), labels.float())
+            return F.mse_loss(logits[:, 0].float(), labels.float().reshape(len(logits)))  # [B] or [B, 1]
         return F.cross_entropy(logits.float(), labels)
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -64,7 +64,10 @@ class Berxit(HighwayModel):
         for point in points:
             logits, signal = point.output.logits.detach(), point.output.signal
             assert signal is not None
-            wrong = (logits[:, 0] - labels).tanh().abs() if logits.shape[1] == 1 else logits.argmax(1) != labels
+            if logits.shape[1] == 1:
+                wrong = (logits[:, 0] - labels.reshape(len(logits))).tanh().abs()  # [B]
+            else:
+                wrong = logits.argmax(1) != labels
             losses.append(F.mse_loss(signal, wrong.to(signal.dtype)))
         return torch.stack(losses).mean()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ragged_exit.models.layered import LayeredModel
 from ragged_exit.models.published import LAYOUTS, PublishedLayout, count_prefixes
 from ragged_exit.rules import ExitRule, MaxProb
 
+Exit = TypeVar("Exit", ExitPoint, Stage)
 _SHARED = ("vocab_size", "pad_token_id", "num_labels")
 
 
@@ -64,24 +65,22 @@ class CascadeBert(EarlyExitModel):
         return {"members": [member.section() | {"config": member.config.to_dict()} for member in self._members()]}
 
     def exit_points(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> list[ExitPoint]:
-        points = []
-        before = 0  # layers of the members before
-        for index, member in enumerate(self._members()):
-            *inner, end = member.exit_points(input_ids, attention_mask, token_type_ids)
-            for point in (*inner, replace(end, rule=self.rule, exit_index=index)):
-                points.append(replace(point, member=index + 1, executed_layers=before + point.executed_layers))
-            before += end.executed_layers
-        return points
+        return self._in_turn(lambda member: member.exit_points(input_ids, attention_mask, token_type_ids))
 
     def stages(self, encoder: EncoderFactory) -> list[Stage]:
-        stages = []
-        before = 0
+        return self._in_turn(lambda member: member.stages(encoder))
+
+    def _in_turn(self, exits_of: Callable[[LayeredModel], list[Exit]]) -> list[Exit]:
+        """The exits of all members, each member's last under the cascade's rule."""
+        exits: list[Exit] = []
+        before = 0  # layers of the members before
         for index, member in enumerate(self._members()):
-            *inner, end = member.stages(encoder)
-            for stage in (*inner, replace(end, rule=self.rule, exit_index=index)):
-                stages.append(replace(stage, member=index + 1, executed_layers=before + stage.executed_layers))
+            own: ExitRule = copy.copy(member.rule)  # another object, should the cascade have been given the same
+            *inner, end = exits_of(member)
+            ruled = [*(replace(exit, rule=own) for exit in inner), replace(end, rule=self.rule, exit_index=index)]
+            exits += [replace(exit, member=index + 1, executed_layers=before + exit.executed_layers) for exit in ruled]
             before += end.executed_layers
-        return stages
+        return exits
 
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
         """The sum of the members' own losses (the original's difficulty-aware term needs labels of its own)."""

@@ -144,8 +144,9 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     if pooling == "cls":
         first = attention_mask.int().argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), first]
-    weights = attention_mask.to(hidden.dtype)[:, :, None]
-    return (hidden * weights).sum(1) / weights.sum(1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # bf16 cannot count beyond 256
+    weights = attention_mask.to(wide)[:, :, None]
+    return ((hidden * weights).sum(1) / weights.sum(1)).to(hidden.dtype)
 
 
 def cosine_distances(vectors: Tensor, prototypes: Tensor) -> Tensor:

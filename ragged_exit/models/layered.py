@@ -85,7 +85,7 @@ class LayeredModel(EarlyExitModel):
         set_labels(found, num_labels)
         model = cls(found.backbone.config, backbone=found.backbone, **options, rule=rule)  # type: ignore[arg-type]
         model.start_from(found.pooler, found.classifier)
-        return model.eval()
+        return model.to(next(found.backbone.parameters()).device).eval()
 
     @property
     def num_exits(self) -> int:

@@ -28,7 +28,7 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
     and classifier (DistilBERT).
     """
     if isinstance(source, nn.Module):
-        whole = copy.deepcopy(source)
+        whole = copy.deepcopy(source).float()
     else:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
         fine_tuned = architectures[0].endswith("ForSequenceClassification")

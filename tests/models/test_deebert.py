@@ -183,6 +183,12 @@ def test_pool_sees_only_kept_tokens(dtype: torch.dtype) -> None:
     torch.testing.assert_close(pool(hidden, mask.to(dtype), "mean"), torch.stack([tokens.mean(0) for tokens in kept]))
 
 
+def test_the_mean_of_many_tokens_is_exact_to_the_last_bit_of_bf16() -> None:
+    hidden = torch.randn(4, 301, 16).to(torch.bfloat16)
+    expected = hidden.double().mean(1).to(torch.bfloat16)
+    assert torch.equal(pool(hidden, torch.ones(4, 301), "mean"), expected)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("impl", ["model", *impls()])
 def test_any_mask_gives_the_answer_of_the_row_alone(pooling: str, impl: str) -> None:

@@ -142,6 +142,40 @@ def test_a_loaded_model_stays_the_callers_own(take: Any) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_loaded_model_in_bf16_gets_fp32_heads_and_becomes_fp32() -> None:
+    theirs = BertModel(config_of("bert")).to(torch.bfloat16)
+    ours = rx.DeeBert.from_backbone(theirs)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert theirs.dtype == torch.bfloat16 and ours(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("system", [rx.Pabee, rx.Berxit])
+def test_regression_labels_in_a_column_are_the_same_labels(system: Any) -> None:
+    model = randomised(system(config_of("bert", num_labels=1))).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids, mask = batch_of(random_rows(5), "bert")
+    labels = torch.linspace(-1, 1, 5)
+    torch.testing.assert_close(model(ids, mask, labels=labels[:, None]).loss, model(ids, mask, labels=labels).loss)
+
+
+@pytest.mark.parametrize("callee", ["model", "reference"])
+def test_a_rule_given_to_a_cascade_and_its_member_is_two_rules(callee: str) -> None:
+    """A threshold for the cascade's members must not reach the exits inside one of them."""
+    rule = rx.MaxProb(2.0)
+    inner = randomised(rx.ElasticBert(config_of("bert"), rule))
+    cascade = rx.CascadeBert.from_members([inner, randomised(rx.FullDepth(config_of("bert")))], rule)
+    ids, mask = batch_of(random_rows(4), "bert")
+    if callee == "model":
+        cascade.rule = rx.MaxProb(0.0)
+    else:
+        cascade = rx.accelerate(cascade, threshold=0.0, impl=callee)
+    with torch.no_grad():
+        output = cascade(ids, mask)
+    assert output.exit_member.tolist() == [1] * 4 and output.exit_layer.tolist() == [4] * 4
+
+
 def test_a_cascade_checks_every_members_tables_at_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """No row may reach the second member here, and its smaller tables are named all the same."""
     first = rx.FullDepth(config_of("bert"))
