@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("interpreted", max_examples=6, derandomize=True, **_COMMON)  # Triton's interpreter is slow
+settings.register_profile("gpu", max_examples=10, derandomize=True, **_COMMON)  # each drawn size is compiled anew
 settings.register_profile("long", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

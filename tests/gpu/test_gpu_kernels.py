@@ -40,6 +40,19 @@ def decided(batch: RaggedBatch, head: MlpHead, rule: ExitRule) -> ExitDecision:
     return exit_step(batch, head, rule, impl="triton")
 
 
+def captured(
+    batch: RaggedBatch, head: MlpHead, rule: ExitRule
+) -> tuple[torch.cuda.CUDAGraph, ExitDecision, RaggedBatch]:
+    """A graph of an exit step and its compaction, both compiled and loaded before the capture, which allows neither."""
+    compact(batch, decided(batch, head, rule), batch.tokens, impl="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decision = decided(batch, head, rule)
+        compacted = compact(batch, decision, batch.tokens, impl="triton")
+    return graph, decision, compacted
+
+
 def tensors(decision: ExitDecision) -> list[torch.Tensor]:
     return [*decision[:-1], *decision.state.values()]
 
@@ -53,7 +66,9 @@ def test_op_suite_against_float64():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", str(ROOT / "tests" / "ops"), "-k", "triton", "-q", "-p", "no:cacheprovider"],
-        env=environment | {"RAGGED_EXIT_TEST_IMPL": "triton", "RAGGED_EXIT_TEST_DEVICE": "cuda"},
+        env={"HYPOTHESIS_PROFILE": "gpu"}
+        | environment
+        | {"RAGGED_EXIT_TEST_IMPL": "triton", "RAGGED_EXIT_TEST_DEVICE": "cuda"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -68,11 +83,7 @@ def test_hundred_replays_have_the_same_bits(rule, classes):
     batch, head = make(rule, classes=classes)
     eager = decided(batch, head, rule)
     assert_plan(batch, eager)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decision = decided(batch, head, rule)
-        compacted = compact(batch, decision, batch.tokens, impl="triton")
+    graph, decision, compacted = captured(batch, head, rule)
     expected = None
     for _ in range(100):
         for value in tensors(decision):
@@ -89,12 +100,7 @@ def test_a_replay_follows_its_inputs():
     """Other hidden states and fewer live rows in the captured buffers: the plan and the zero tail follow."""
     rule = Entropy(0.5)
     batch, head = make(rule, rows=64)
-    decided(batch, head, rule)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decision = decided(batch, head, rule)
-        compacted = compact(batch, decision, batch.tokens, impl="triton")
+    graph, decision, compacted = captured(batch, head, rule)
     other, _ = make(rule, rows=40)
     batch.hidden.zero_()
     batch.hidden[: other.tokens] = other.hidden
@@ -115,13 +121,7 @@ def test_two_graphs_replay_at_once():
     rule = Entropy(0.5)
     batch, head = make(rule, rows=2000)
     expected = bits(tensors(decided(batch, head, rule)))
-    torch.cuda.synchronize()
-    graphs, decisions = [], []
-    for _ in range(2):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            decisions.append(decided(batch, head, rule))
-        graphs.append(graph)
+    graphs, decisions, _ = zip(*(captured(batch, head, rule) for _ in range(2)), strict=True)
     streams = [torch.cuda.Stream() for _ in graphs]
     for _ in range(50):
         for graph, stream in zip(graphs, streams, strict=True):

@@ -51,6 +51,22 @@ def test_another_triton_than_asked_for_is_an_error():
     assert run.returncode == 2 and "triton 0.0.0 was asked for" in run.stderr
 
 
+def test_compact_moves_sixteen_bytes_at_a_time():
+    program = """
+import re, sys, torch
+sys.path.insert(0, "benchmarks")
+import aot
+for dtype in aot.DTYPES.values():
+    with aot.recorded("default") as launches:
+        aot.compact_case(dtype)
+    ptx = launches[0].compile(90).asm["ptx"]  # rows of 768 and of one id
+    print(*(len(re.findall(rf"{way}.global.v4.b32", ptx)) for way in ("ld", "st")))
+"""
+    run = aot("-c", program)
+    assert run.returncode == 0, run.stderr
+    assert [line.split() for line in run.stdout.splitlines()] == [["8", "8"], ["8", "8"], ["16", "16"]]
+
+
 @pytest.mark.slow
 def test_every_case():
     run = aot("benchmarks/aot.py", "--check")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import every_op
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,3 +196,8 @@ def test_embed_names_the_argument():
     ):
         with pytest.raises(error, match=message):
             call(**changed)
+
+
+def test_what_the_sanitizer_watches_runs():
+    """On a GPU compute-sanitizer runs it; here the interpreter does."""
+    every_op.main("cpu")
