@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from system_cases import BY_THRESHOLD, CASES, LAYERS, Case, Reference, Tip, batch_of
+from system_cases import BY_THRESHOLD, CASES, LAYERS, Case, Reference, Tip, batch_of, config_of, randomised
 from tiny import impls, native_built, random_rows
 from torch import Tensor
 
@@ -61,6 +62,42 @@ def test_accelerated_equals_the_reference_row_by_row(
     assert_same(rx.accelerate(model, impl=impl)(ids, mask), found)
     with torch.no_grad():
         assert_same(model(ids, mask), found)  # the padded reference as one batch
+
+
+INNER = {
+    "patience": (rx.Pabee, rx.Patience(1)),
+    "bandit": (rx.ElasticBert, rx.UcbMaxProb()),
+    "prototypes": (rx.De3Bert, rx.DistanceEntropy(0.3)),
+    "tokens": (rx.FastBert, rx.Entropy(0.5, dialect="categorical")),
+}
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", INNER)
+def test_a_cascade_of_early_exit_models_restarts_their_rules_with_the_rows(kind: str, place: int, impl: str) -> None:
+    """Row state, thresholds per row and lessons of a member begin anew with the rows that reach it."""
+    system, rule = INNER[kind]
+    config = config_of("bert")
+    members = [randomised(rx.FullDepth(config_of("bert", num_hidden_layers=3)), 3), randomised(rx.Pabee(config), 5)]
+    members.insert(place, randomised(system(config, copy.deepcopy(rule)), 4))
+    members[-1].rule = rx.Patience(2)
+    plain = rx.CascadeBert.from_members(members, rx.MaxProb(0.8))
+    source = copy.deepcopy(plain)  # what a bandit learns in one must not reach the other
+    ids, mask = batch_of(random_rows(16, 2, longest=10), "bert")
+    with torch.no_grad():
+        expected = plain(ids, mask)
+    output = rx.accelerate(source, impl=impl)(ids, mask)
+    for name in ("exit_layer", "exit_member", "executed_layers"):
+        assert torch.equal(output[name], expected[name]), name
+    torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=TOLERANCE)
+    assert len(set(zip(output.exit_member.tolist(), output.exit_layer.tolist(), strict=True))) > 2
+    depths = torch.tensor([0, *(member.config.num_hidden_layers for member in members)]).cumsum(0)
+    assert torch.equal(output.executed_layers, depths[output.exit_member - 1] + output.exit_layer)
+    if kind == "bandit":
+        learned = [cascade.members[place].rule.state_dict() for cascade in (source, plain)]
+        assert learned[0]["rewarded"] == learned[1]["rewarded"] and sum(learned[0]["rewarded"]) > 0
+        assert learned[0]["reward_sum"] == pytest.approx(learned[1]["reward_sum"], abs=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
