@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0  # the oldest supported, the pinned and the newest supported
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: bench test lint format fuzz ray aot gpu clean $(TRITONS:%=aot-%)
+.PHONY: bench test lint format fuzz ray peers quality aot gpu clean $(TRITONS:%=aot-%)
 
 bench: $(STAMP)  ## score the embedded default, print the table, write the picture
 	$(BIN)/ragged-exit bench --json ragged_exit_bench.json --plot ragged_exit_bench.png
@@ -29,6 +29,13 @@ fuzz: $(STAMP)  ## the long op suite: >= 100,000 rows an implementation
 ray: $(STAMP)  ## score on a real local Ray cluster, a worker killed midway
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
 	$(BIN)/python -m pytest -m slow tests/integrations
+
+peers: $(STAMP)  ## against other runtimes, BERT-base shapes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[peers]"
+	$(BIN)/python benchmarks/peers.py
+
+quality: $(STAMP)  ## the quality study on DATA=folder; resumes
+	$(BIN)/python benchmarks/quality.py --data $(DATA)
 
 # Add --keep-going to see what differs under every version; AOT=--update rewrites the committed table.
 AOT ?= --check

@@ -47,6 +47,7 @@ class Case(NamedTuple):
     threshold: float | None  # of the score, the second output, when the op decides
     bytes: int
     flops: int
+    peers: dict[str, Callable[[], object]] = {}  # other kernels for the same inputs, timed beside ours
 
 
 def plain_decide(logits: Tensor, cu_seqlens: Tensor, live: Tensor, threshold: float) -> Outputs:
@@ -173,6 +174,11 @@ def attention_case(rows: int, longest: int, dtype: torch.dtype, device: str, imp
     def ours() -> Outputs:
         return (varlen_attention(q, k, v, cu_seqlens, width, size**-0.5, impl=impl),)
 
+    peers: dict[str, Callable[[], object]] = {}
+    if device == "cuda" and dtype != torch.float32:  # PyTorch's own runs nowhere else
+        from torch.nn.attention.varlen import varlen_attn
+
+        peers["varlen_attn"] = lambda: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, width, width)
     pairs = int(batch.seqlens.long().pow(2).sum())
     return Case(
         name=f"varlen_attention B={rows} T={batch.tokens} S<={width}",
@@ -182,6 +188,7 @@ def attention_case(rows: int, longest: int, dtype: torch.dtype, device: str, imp
         threshold=None,
         bytes=4 * batch.tokens * heads * size * dtype.itemsize,
         flops=4 * pairs * heads * size,
+        peers=peers,
     )
 
 
@@ -333,6 +340,7 @@ def measure(case: Case, repeats: int, peaks: dict[str, float]) -> dict[str, obje
         "ours": case.ours,
         "eager": lambda: case.plain(**case.inputs),
         "compiled": lambda: compiled(**case.inputs),
+        **case.peers,
     }
     differs = disagreement(case)
     replay = seconds({name: captured(call) for name, call in calls.items()}, repeats)
@@ -352,7 +360,8 @@ def measure(case: Case, repeats: int, peaks: dict[str, float]) -> dict[str, obje
         row["speedup"] = {
             f"{how}_vs_{other}": times[other] / times["ours"]
             for how, times in (("replay", replay), ("call", call))
-            for other in ("eager", "compiled")
+            for other in calls
+            if other != "ours"
         }
     return row
 
@@ -364,20 +373,27 @@ def show(rows: list[dict], peaks: dict[str, float]) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "op" else "right")
     for row in rows:
-        gains = [f"{value:.2f}x" for value in row["speedup"].values()] if "speedup" in row else ["differs"] * 4
         table.add_row(
             row["name"],
             f"{row['replay_us']['ours']:.1f}",
-            *gains[:2],
+            gain(row, "replay_vs_eager"),
+            gain(row, "replay_vs_compiled"),
             f"{row['call_us']['ours']:.1f}",
-            *gains[2:],
+            gain(row, "call_vs_eager"),
+            gain(row, "call_vs_compiled"),
             f"{row['gb_s']:.0f} ({row['of_copy_bandwidth']:.0%})",
             f"{row['tflop_s']:.2f} ({row['of_matmul_rate']:.1%})",
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for row in rows:
+        for peer in [name for name in row["replay_us"] if name not in ("ours", "eager", "compiled")]:
+            print(f"{row['name']}: replay {gain(row, f'replay_vs_{peer}')} of {peer}")
         if row["disagreement"]:
             print(f"{row['name']}: {row['disagreement']}")
+
+
+def gain(row: dict, name: str) -> str:
+    return f"{row['speedup'][name]:.2f}x" if "speedup" in row else "differs"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ragged_exit.accelerate import accelerate
-from ragged_exit.bench.contenders import contenders
+from ragged_exit.bench.contenders import Contender, contenders
 from ragged_exit.bench.measure import measure, references
 from ragged_exit.bench.report import Report, workload_facts
 from ragged_exit.bench.roofline import linear_seconds
@@ -33,17 +33,20 @@ def compare(
     say: Callable[[str], None],
     curve: Sequence[Point] = (),
     chosen: Point | None = None,
+    peers: Sequence[Contender] = (),
+    missing: Mapping[str, str] | None = None,
 ) -> Report:
     """Compare every contender's answers with the reference, then time them on ``draw(0)``, ``draw(1)``, ...
 
     The reference runs the first ``REFERENCE_ROWS`` rows of ``check_on`` one at a time; accuracy is of all its rows.
-    model is the fp32 reference; contenders compute in ``dtype``. ``draw`` gives equally many rows each time.
+    model is the fp32 reference; contenders compute in ``dtype``. ``draw`` gives equally many rows each time. peers:
+    more contenders; missing: those that could not be had, and why.
     """
     say("the reference model, row by row")
     expected = references(model, rule, check_on.select(range(REFERENCE_ROWS)))
     contestant = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
     measured = measure(
-        contenders(contestant, accelerate(model, rule=rule, dtype=dtype), batch_size=batch_size),
+        [*contenders(contestant, accelerate(model, rule=rule, dtype=dtype), batch_size=batch_size), *peers],
         check_on,
         expected,
         draw,
@@ -65,4 +68,6 @@ def compare(
         num_layers=model.config.num_hidden_layers,
         curve=curve,
         chosen=chosen,
+        peers=[peer.name for peer in peers],
+        missing=missing or {},
     )

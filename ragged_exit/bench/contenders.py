@@ -74,15 +74,17 @@ def contenders(
 def padded(model: DeeBert, *, by_length: bool) -> Run:
     """Hugging Face's forward at full depth and the final head, in padded batches."""
 
+    return padded_by(
+        lambda ids, mask: full_depth(model, ids, mask), model.config.num_hidden_layers, by_length=by_length
+    )
+
+
+def padded_by(forward: Callable[[Tensor, Tensor], Tensor], num_layers: int, *, by_length: bool) -> Run:
+    """Any full-depth forward (input_ids, attention_mask, both ``[B, S]``) -> logits ``[B, C]``, in padded batches."""
+
     @torch.inference_mode()
     def run(workload: Workload, batch_size: int) -> Answers:
-        return _in_batches(
-            workload,
-            batch_size,
-            by_length,
-            model.config.num_hidden_layers,
-            lambda ids, mask: (full_depth(model, ids, mask), None),
-        )
+        return _in_batches(workload, batch_size, by_length, num_layers, lambda ids, mask: (forward(ids, mask), None))
 
     return run
 

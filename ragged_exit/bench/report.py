@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Report:
     num_layers: int
     curve: Sequence[Point] = ()
     chosen: Point | None = None
+    peers: Sequence[str] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> Measured:
         return next(item for item in self.measured if item.contender.name == name)
@@ -48,6 +50,12 @@ class Report:
     def roofline_fraction(self) -> float | None:
         matches = self.of("ragged").matches
         return None if self.linear_seconds is None or not matches else self.linear_seconds / self.of("ragged").median
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest full-depth runtime among the sorted ones that match: the peers, and PyTorch itself."""
+        names = [name for name in ("padded_sorted", *self.peers) if self.of(name).matches]
+        return min(names, key=lambda name: self.of(name).median) if names else None
 
     @property
     def factors(self) -> dict[str, float | None]:
@@ -84,6 +92,8 @@ class Report:
             "workload": self.workload,
             "contenders": contenders,
             "factors": self.factors,
+            "best_peer": self.best_peer,
+            "missing_peers": dict(self.missing),
             "realised_over_ideal": self.realised_over_ideal,
             "roofline_fraction": self.roofline_fraction,
         }
@@ -115,6 +125,12 @@ class Report:
                 f"gain over padded {product:.2f}x = GEMM library {factors['gemm_library']:.2f} x padding "
                 f"{factors['padding']:.2f} x depth {factors['depth']:.2f}"
             )
+        if self.peers and self.best_peer is not None:
+            ratios = {name: self.ratio(self.best_peer, name) for name in ("ragged", "ragged_full")}
+            gains = [f"{name} {ratio:.2f}x" for name, ratio in ratios.items() if ratio is not None]
+            console.print(f"over the best peer, {self.best_peer}: {', '.join(gains)}")
+        for name, reason in self.missing.items():
+            console.print(f"not measured: {name} ({reason})", highlight=False)
         if self.realised_over_ideal is not None:
             console.print(
                 f"realised / ideal {self.realised_over_ideal:.3f}   "

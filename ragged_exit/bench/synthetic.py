@@ -24,10 +24,28 @@ def sst2_lengths(count: int, generator: torch.Generator) -> Tensor:
     return (6 * exponentials.sum(1)).round().long().clamp(4, 66)  # a sum of 4 exponentials is gamma with shape 4
 
 
-def random_workload(count: int, seed: int) -> Workload:
-    """``count`` sequences of random tokens with SST-2-like lengths."""
+def mrpc_lengths(count: int, generator: torch.Generator) -> Tensor:
+    """Token counts like MRPC's pairs: normal, mean 53, standard deviation 14, within 16 ... 103."""
+    return torch.normal(53.0, 14.0, (count,), generator=generator).round().long().clamp(16, 103)
+
+
+def long_lengths(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform over 128 ... 512."""
+    return torch.randint(128, 513, (count,), generator=generator)
+
+
+def equal_lengths(count: int, generator: torch.Generator) -> Tensor:
+    """128 for all: nothing to gain from dropping padding."""
+    return torch.full((count,), 128)
+
+
+PROFILES = {"sst2": sst2_lengths, "mrpc": mrpc_lengths, "long": long_lengths, "uniform": equal_lengths}
+
+
+def random_workload(count: int, seed: int, profile: str = "sst2") -> Workload:
+    """``count`` sequences of random tokens with the lengths of ``profile``."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = sst2_lengths(count, generator).tolist()
+    lengths = PROFILES[profile](count, generator).tolist()
     tokens = torch.randint(1000, VOCABULARY, (sum(lengths),), generator=generator)
     return Workload([part.tolist() for part in tokens.split(lengths)])
 

@@ -1,0 +1,93 @@
+"""Ours against every other runtime, on random weights of a known shape: padded batching, compilers, inference engines.
+
+python benchmarks/peers.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp32|bf16]
+                           [--exits uniform|first|none] [--rows N] [--threads N] [--no-peers] [--json F] [--plot F]
+
+`uniform` exits: the same number of rows leaves at every layer. The peers run the full-depth model, sorted by length.
+Those that are not installed (onnxruntime, openvino, ctranslate2) are named under the table.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.compare import compare
+from ragged_exit.bench.peers import peers
+from ragged_exit.bench.synthetic import PROFILES, SHAPES, random_deebert, random_workload, uniform_exits
+from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.cli import DType
+from ragged_exit.rules import Entropy, ExitRule
+
+SEED = 20
+ROWS = {"sst2": 512, "mrpc": 256, "long": 64, "uniform": 128}  # a repeat
+
+
+class Exits(StrEnum):
+    """Where rows leave."""
+
+    uniform = "uniform"
+    first = "first"
+    none = "none"
+
+
+def main(
+    profile: Annotated[str, typer.Option(help=" | ".join(PROFILES))] = "sst2",
+    shape: Annotated[str, typer.Option(help=" | ".join(SHAPES))] = "base",
+    dtype: DType = DType.fp32,
+    exits: Annotated[
+        Exits, typer.Option(help="all layers alike, all at the first exit, or nobody early")
+    ] = Exits.uniform,
+    rows: Annotated[int | None, typer.Option(help="sequences a repeat (default: by profile)")] = None,
+    repeats: int = 3,
+    threads: int = 2,
+    others: Annotated[bool, typer.Option("--peers/--no-peers", help="measure other runtimes too")] = True,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    torch.set_num_threads(threads)
+    console = Console()
+    if profile not in PROFILES or shape not in SHAPES:
+        raise typer.BadParameter(f"expected a profile of {', '.join(PROFILES)} and a shape of {', '.join(SHAPES)}")
+    rows = rows or ROWS[profile]
+    precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
+    model = random_deebert(shape, SEED)
+
+    def say(line: str) -> None:
+        console.print(line, style="dim")
+
+    found, missing = peers(model, precision, threads) if others else ([], {})
+    report = compare(
+        f"BERT {shape}, random weights, {profile} lengths, exits: {exits}",
+        model,
+        _rule(exits, model, random_workload(rows, SEED, profile)),
+        random_workload(min(rows, 256), SEED + 1, profile),
+        lambda number: random_workload(rows, 1000 + number, profile),
+        batch_size=32,
+        dtype=precision,
+        repeats=repeats,
+        say=say,
+        peers=found,
+        missing=missing,
+    )
+    report.print(console)
+    if json is not None:
+        report.write_json(json)
+    if plot is not None:
+        report.plot(plot)
+
+
+def _rule(exits: Exits, model, calibration) -> ExitRule:
+    if exits is Exits.uniform:
+        return uniform_exits(exit_table(accelerate(model), calibration.sequences))
+    return Entropy(10.0 if exits is Exits.first else -1.0)  # nats: always above, or never below
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,178 @@
+"""Other runtimes as contenders: the full-depth model, length-sorted and padded, each with its best settings."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import BertModel, BertTokenizerFast
+
+from ragged_exit.bench.contenders import ROW_BATCHES, Contender, padded_by
+from ragged_exit.models.deebert import DeeBert
+
+Forward = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, S] -> logits [B, C]
+EXAMPLE = (4, 16)  # rows and tokens that exports trace with
+
+
+def peers(model: DeeBert, dtype: torch.dtype, threads: int) -> tuple[list[Contender], dict[str, str]]:
+    """The runtimes that are installed, and why the others are not here: name -> reason.
+
+    model: fp32, a BERT whose heads see [CLS]. dtype: what to compute in, float32 or bfloat16.
+    """
+    if model.config.model_type != "bert" or model.pooling != "cls":
+        raise ValueError(f"model: expected a BERT with [CLS] heads, got {model.config.model_type}, {model.pooling}")
+    found, missing = [], {}
+    for name, build in BUILDERS.items():
+        try:
+            forward = build(model, dtype, threads)
+        except ImportError as error:
+            missing[name] = f"{error.name} is not installed"
+        except NotSupported as error:
+            missing[name] = str(error)
+        else:
+            run = padded_by(forward, model.config.num_hidden_layers, by_length=True)
+            found.append(Contender(name, run, ROW_BATCHES, exits=False))
+    return found, missing
+
+
+class NotSupported(Exception):
+    """The runtime is there and cannot do this."""
+
+
+class _FullDepth(nn.Module):
+    """The backbone and its final head as one graph, for rows padded on the right: [CLS] is column 0."""
+
+    def __init__(self, model: DeeBert) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        final = self.model.final
+        return final.classifier(torch.tanh(final.pooler(hidden[:, 0])))
+
+
+def _compiled(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
+    """torch.compile: inductor with frozen weights and dynamic shapes."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    graph = torch.compile(_FullDepth(copy.deepcopy(model).to(dtype)).eval(), dynamic=True)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with torch.no_grad():  # freezing needs it; inference mode is not enough
+            return graph(input_ids, attention_mask)
+
+    return forward
+
+
+def _onnxruntime(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
+    """ONNX Runtime on its transformer-optimised graph."""
+    import onnxruntime
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    if dtype != torch.float32:
+        raise NotSupported("no bf16 on a CPU")
+    config = model.config
+    with tempfile.TemporaryDirectory() as folder:
+        plain, fast = Path(folder) / "plain.onnx", Path(folder) / "fast.onnx"
+        _export(model, plain)
+        optimize_model(
+            str(plain),
+            model_type="bert",
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            opt_level=1,
+        ).save_model_to_file(str(fast))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        session = onnxruntime.InferenceSession(str(fast), options, providers=["CPUExecutionProvider"])
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        return torch.from_numpy(session.run(None, inputs)[0])
+
+    return forward
+
+
+def _openvino(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
+    """OpenVINO with dynamic shapes, one stream for latency."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        _export(model, path)
+        graph = openvino.convert_model(str(path))
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(threads),
+        "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
+    }
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        result = compiled({"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})
+        return torch.from_numpy(np.array(result[0]))
+
+    return forward
+
+
+def _ctranslate2(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
+    """CTranslate2's encoder, which drops padding itself; the head stays in PyTorch."""
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "hf", Path(folder) / "ct2"
+        config = copy.deepcopy(model.config)
+        config.position_embedding_type = "absolute"  # its converter asks for this, and for a pooler
+        whole = BertModel(config, add_pooling_layer=True)
+        whole.load_state_dict(model.backbone.state_dict(), strict=False)
+        whole.save_pretrained(source)
+        (source / "vocab.txt").write_text("".join(f"{word}\n" for word in _words(model.config.vocab_size)))
+        BertTokenizerFast(str(source / "vocab.txt")).save_pretrained(source)
+        ctranslate2.converters.TransformersConverter(str(source)).convert(str(target))
+        kind = "float32" if dtype == torch.float32 else "bfloat16"
+        encoder = ctranslate2.Encoder(str(target), compute_type=kind, inter_threads=1, intra_threads=threads)
+    head = model.final
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        output: Any = encoder.forward_batch(rows).last_hidden_state.to(ctranslate2.DataType.float32)
+        return head(torch.from_numpy(np.array(output)), attention_mask, model.pooling)
+
+    return forward
+
+
+def _words(count: int) -> list[str]:
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(5, count))]
+
+
+def _export(model: DeeBert, path: Path) -> None:
+    ids = torch.ones(EXAMPLE, dtype=torch.int64)
+    axes = {name: {0: "rows", 1: "tokens"} for name in ("input_ids", "attention_mask")}
+    torch.onnx.export(
+        _FullDepth(model).eval(),
+        (ids, torch.ones_like(ids)),
+        str(path),
+        input_names=["input_ids", "attention_mask"],
+        output_names=["logits"],
+        dynamic_axes={**axes, "logits": {0: "rows"}},
+        opset_version=17,
+        dynamo=False,
+    )
+
+
+BUILDERS: dict[str, Callable[[DeeBert, torch.dtype, int], Forward]] = {
+    "compiled_sorted": _compiled,
+    "onnxruntime_sorted": _onnxruntime,
+    "openvino_sorted": _openvino,
+    "ctranslate2_sorted": _ctranslate2,
+}

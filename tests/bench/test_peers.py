@@ -1,0 +1,73 @@
+"""Every runtime that is installed answers as the full-depth model does; the others are named, with a reason."""
+
+from __future__ import annotations
+
+import builtins
+
+import pytest
+import torch
+from tiny import one_thread  # noqa: F401  (autouse)
+from transformers import BertConfig
+
+import ragged_exit as rx
+from ragged_exit.bench import peers as peers_module
+from ragged_exit.bench.contenders import padded
+from ragged_exit.bench.peers import BUILDERS, peers
+from ragged_exit.bench.synthetic import PROFILES, random_workload
+from ragged_exit.bench.workload import Workload
+
+
+@pytest.fixture(scope="module")
+def model() -> rx.DeeBert:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3
+    )
+    return rx.DeeBert(config, rx.Entropy(0.1)).eval()
+
+
+def workload() -> Workload:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, 14, (20,), generator=generator).tolist()
+    return Workload([torch.randint(5, 120, (length,), generator=generator).tolist() for length in lengths])
+
+
+SLOW = {"compiled_sorted": pytest.mark.slow}  # builds C++
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in BUILDERS])
+def test_answers_are_the_models(name, model, monkeypatch):
+    monkeypatch.setattr(peers_module, "BUILDERS", {name: BUILDERS[name]})
+    found, missing = peers(model, torch.float32, threads=1)
+    if missing:
+        pytest.skip(missing[name])
+    (peer,) = found
+    answers = peer.run(workload(), 8)
+    wanted = padded(model, by_length=False)(workload(), 8)
+    torch.testing.assert_close(answers.logits, wanted.logits, atol=1e-4, rtol=0)
+    assert torch.equal(answers.exit_layer, wanted.exit_layer) and not peer.exits
+
+
+def test_what_is_not_installed_is_named(model, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *arguments, **options):
+        if name.split(".")[0] in ("onnxruntime", "openvino", "ctranslate2"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(peers_module.BUILDERS, "compiled_sorted")
+    found, missing = peers(model, torch.float32, threads=1)
+    assert found == [] and set(missing) == {"onnxruntime_sorted", "openvino_sorted", "ctranslate2_sorted"}
+    assert "openvino is not installed" in missing["openvino_sorted"]
+
+
+@pytest.mark.parametrize(("profile", "mean", "shortest", "longest"), [
+    ("sst2", 24, 4, 66), ("mrpc", 53, 16, 103), ("long", 320, 128, 512), ("uniform", 128, 128, 128),
+])  # fmt: skip
+def test_profiles(profile, mean, shortest, longest):
+    assert profile in PROFILES
+    lengths = torch.tensor(random_workload(2000, 3, profile).lengths)
+    assert float(lengths.double().mean()) == pytest.approx(mean, rel=0.04)
+    assert int(lengths.min()) >= shortest and int(lengths.max()) <= longest
