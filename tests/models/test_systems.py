@@ -82,6 +82,18 @@ def test_distances_to_a_zero_prototype_are_one_and_have_gradients() -> None:
     assert vectors.grad is not None and vectors.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("callee", ["model", "reference"])
+def test_the_last_exit_of_de3bert_is_at_distance_one_of_everything(callee: str) -> None:
+    """It has no prototypes, so DR = 1/2, and with lam = 1 its score is E / (E + 1/2)."""
+    model = randomised(rx.De3Bert(config_of("bert"), rx.DistanceEntropy(-1.0)))
+    ids, mask = batch_of(random_rows(6), "bert")
+    with torch.no_grad():
+        assert torch.equal(model.exit_points(ids, mask, None)[-1].output.signal, torch.ones(6, 3))
+        output = model(ids, mask) if callee == "model" else rx.accelerate(model, impl=callee)(ids, mask)
+    spread = torch.special.entr(output.logits.softmax(1)).sum(1) / torch.tensor(3.0).log()
+    torch.testing.assert_close(output.score, spread / (spread + 0.5), rtol=0, atol=1e-5)
+
+
 def test_losses_are_the_papers() -> None:
     ids, mask = batch_of(random_rows(6), "bert")
     labels = torch.arange(6) % 3
