@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_BUCKET = 32
+TOKEN_FIELDS = ("hidden", "input_ids", "token_type_ids", "position_ids")
 
 
 def token_bucket(tokens: int) -> int:
@@ -186,6 +187,44 @@ class RaggedBatch:
         padded = values.new_full((self.rows, self.max_seqlen, *values.shape[1:]), fill)
         padded[mask] = values[: self.tokens]
         return padded, mask.long()
+
+    def part(self, start: int, stop: int) -> RaggedBatch:
+        """The rows ``start:stop`` as a batch of views, without any capacity to spare. Reads lengths on the host."""
+        cu_seqlens = self.cu_seqlens[start : stop + 1]
+        first, last = cu_seqlens[0], cu_seqlens[-1]
+        seqlens = cu_seqlens.diff().cpu()
+        tokens = slice(int(first), int(last))
+        values = {name: getattr(self, name) for name in TOKEN_FIELDS}
+        return replace(
+            self,
+            cu_seqlens=cu_seqlens - first,
+            live=torch.stack([first.new_tensor(stop - start), last - first]),
+            seqlens=seqlens,
+            sample_ids=self.sample_ids[start:stop],
+            state={name: value[start:stop] for name, value in self.state.items()},
+            **{name: value if value is None else value[tokens] for name, value in values.items()},
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[RaggedBatch]) -> RaggedBatch:
+        """The rows of all ``parts`` (``part``'s results, with the same fields and state) one after the other.
+
+        hidden gets the capacity ``token_bucket(T)``, with zeros past the live tokens.
+        """
+        merged = cls.from_seqlens(
+            torch.cat([part.seqlens for part in parts]),
+            parts[0].device,
+            sample_ids=torch.cat([part.sample_ids for part in parts]),
+            state={name: torch.cat([part.state[name] for part in parts]) for name in parts[0].state},
+        )
+        for name in TOKEN_FIELDS:
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                continue
+            if name == "hidden":
+                values.append(values[0].new_zeros(token_bucket(merged.tokens) - merged.tokens, values[0].shape[1]))
+            setattr(merged, name, torch.cat(values))
+        return merged
 
     def with_hidden(self, hidden: Tensor) -> RaggedBatch:
         """The same rows with other hidden states."""

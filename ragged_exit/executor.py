@@ -52,6 +52,22 @@ class ExitRecord(NamedTuple):
     executed_layers: Tensor
 
 
+class Departure(NamedTuple):
+    """The rows that left at a stage: their places int64 ``[n]``, logits f32 ``[n, C]`` and scores f32 ``[n]``."""
+
+    stage: Stage
+    sample_ids: Tensor
+    logits: Tensor
+    score: Tensor
+
+
+class Waiting(NamedTuple):
+    """A batch before a stage, and how many of its rows live (its capacity may be larger)."""
+
+    batch: RaggedBatch
+    rows: int
+
+
 class RaggedExecutor:
     """Runs a list of stages on batches; the last stage answers for everybody who is left.
 
@@ -72,39 +88,53 @@ class RaggedExecutor:
 
         on_decision sees each stage's decision as it is made (calibration's view).
         """
-        rows = asked = batch.rows
-        departures: list[tuple[Stage, Tensor, ExitDecision]] = []
+        rows = batch.rows
+        departures: list[Departure] = []
         lessons: list[Lesson] = []
-        for number, stage in enumerate(self.stages):
-            if number == 0 or stage.rule is not self.stages[number - 1].rule:
-                batch = _adopt(stage.rule, batch, asked, lessons, keep_thresholds=number == 0)
-            if stage.restart:
-                batch = stage.encoder.embed(batch)
-            if not self._keeps_ids[number]:
-                batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
-            for layer in stage.layers:
-                batch = stage.encoder.layer(layer, batch)
-            final = number == len(self.stages) - 1
-            batch, decision = self._ask(stage, batch, final)
-            departures.append((stage, batch.sample_ids, decision))
-            if lessons and lessons[-1].rule is stage.rule:
-                lessons[-1].note(stage.exit_index, batch.sample_ids[:asked], decision.score[:asked])
-            if on_decision is not None:
-                on_decision(decision)
-            left, tokens = decision.live.tolist()  # on a GPU the one wait of a stage
-            if left == 0:
+        waiting: Waiting | None = Waiting(batch, rows)
+        for number in range(len(self.stages)):
+            if waiting is None:
                 break
-            if left < asked:
-                batch = compact(batch, decision, token_bucket(tokens), impl=self.impl)
-            else:  # nobody left: only the rule's state moves on
-                batch = replace(batch, state={**batch.state, **decision.state})
-            asked = left
-        record = _record(rows, departures)
+            departure, waiting = self.step(number, waiting, lessons, on_decision)
+            departures.append(departure)
+        return conclude(rows, departures, lessons)
+
+    def step(
+        self,
+        number: int,
+        waiting: Waiting,
+        lessons: list[Lesson],
+        on_decision: Callable[[ExitDecision], None] | None = None,
+    ) -> tuple[Departure, Waiting | None]:
+        """Run stage ``number`` on the rows that wait before it: who leaves, and who waits before the next (or None).
+
+        lessons: of the rows' rules so far; a rule that starts here and learns adds one.
+        """
+        stage, (batch, rows) = self.stages[number], waiting
+        if number == 0 or stage.rule is not self.stages[number - 1].rule:
+            batch = _adopt(stage.rule, batch, rows, lessons, keep_thresholds=number == 0)
+        if stage.restart:
+            batch = stage.encoder.embed(batch)
+        if not self._keeps_ids[number]:
+            batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
+        for layer in stage.layers:
+            batch = stage.encoder.layer(layer, batch)
+        batch, decision = self._ask(stage, batch, number == len(self.stages) - 1)
         for lesson in lessons:
-            lesson.teach()
-        for rule in {id(stage.rule): stage.rule for stage, _, _ in departures}.values():
-            rule.finish(torch.arange(rows, device=record.score.device), record.score, record.exit_layer)
-        return record
+            if lesson.rule is stage.rule:
+                lesson.note(stage.exit_index, batch.sample_ids[:rows], decision.score[:rows])
+        if on_decision is not None:
+            on_decision(decision)
+        left = decision.exits.nonzero()[:, 0]
+        departure = Departure(stage, batch.sample_ids[left], decision.logits[left], decision.score[left])
+        survivors, tokens = decision.live.tolist()  # on a GPU the one wait of a stage
+        if survivors == 0:
+            return departure, None
+        if survivors < rows:
+            batch = compact(batch, decision, token_bucket(tokens), impl=self.impl)
+        else:  # nobody left: only the rule's state moves on
+            batch = replace(batch, state={**batch.state, **decision.state})
+        return departure, Waiting(batch, survivors)
 
     def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
         if isinstance(stage.head, MlpHead):
@@ -158,25 +188,30 @@ def _adopt(
     return replace(batch, state=state)
 
 
-def _record(rows: int, departures: list[tuple[Stage, Tensor, ExitDecision]]) -> ExitRecord:
-    """Scatter what each stage decided to the rows that left there."""
-    leaving = [decision.exits.nonzero()[:, 0] for _, _, decision in departures]
-    ids = torch.cat([samples[left] for (_, samples, _), left in zip(departures, leaving, strict=True)])
+def conclude(rows: int, departures: Sequence[Departure], lessons: Sequence[Lesson]) -> ExitRecord:
+    """All ``rows`` of a batch have left: their record. Rules that learn are taught, all that were asked told the end."""
+    record = _gather(rows, departures)
+    for lesson in lessons:
+        lesson.teach()
+    for rule in {id(departure.stage.rule): departure.stage.rule for departure in departures}.values():
+        rule.finish(torch.arange(rows, device=record.score.device), record.score, record.exit_layer)
+    return record
+
+
+def _gather(rows: int, departures: Sequence[Departure]) -> ExitRecord:
+    """What ``departures`` say of the rows 0 ... rows - 1, each of which left once."""
+    ids = torch.cat([departure.sample_ids for departure in departures])
     order = torch.empty_like(ids)
     order[ids] = torch.arange(rows, device=ids.device)
-
-    def gather(values: list[Tensor]) -> Tensor:
-        return torch.cat(values)[order]
+    counts = torch.tensor([len(departure.sample_ids) for departure in departures], device="cpu")
 
     def repeat(values: list[int]) -> Tensor:
-        counts = torch.tensor([len(left) for left in leaving], device="cpu")
         return torch.repeat_interleave(torch.tensor(values, device="cpu"), counts).to(ids.device)[order]
 
-    decided = [(decision, left) for (_, _, decision), left in zip(departures, leaving, strict=True)]
-    stages = [stage for stage, _, _ in departures]
+    stages = [departure.stage for departure in departures]
     return ExitRecord(
-        logits=gather([decision.logits[left] for decision, left in decided]),
-        score=gather([decision.score[left] for decision, left in decided]),
+        logits=torch.cat([departure.logits for departure in departures])[order],
+        score=torch.cat([departure.score for departure in departures])[order],
         exit_layer=repeat([stage.exit_layer for stage in stages]),
         exit_member=repeat([stage.member for stage in stages]),
         executed_layers=repeat([stage.executed_layers for stage in stages]),

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragged_exit.batch import RaggedBatch
+from ragged_exit.batch import TOKEN_FIELDS, RaggedBatch
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.exit_step import ExitDecision
-
-_TOKEN_FIELDS = ("hidden", "input_ids", "token_type_ids", "position_ids")
 
 
 def compact(
@@ -53,7 +51,7 @@ def compact(
             )
     elif token_capacity is None:
         raise ValueError("token_capacity: expected a number on a GPU, where the survivors' count is not on the host")
-    names = [name for name in _TOKEN_FIELDS if getattr(batch, name) is not None]
+    names = [name for name in TOKEN_FIELDS if getattr(batch, name) is not None]
     gathered = _compact(
         [getattr(batch, name) for name in names],
         [batch.sample_ids, *state.values()],
