@@ -16,14 +16,15 @@ FIELDS = ("exit_layer", "exit_member", "executed_layers")
 
 
 def between(table: ExitTable, place: float) -> float:
-    """A threshold in the middle of a gap between two candidates, so that no row is near it; for patience, one."""
-    candidates = sorted(table.candidates(1000))
+    """A threshold in the middle of a gap between two scores, so that no row is near it; for patience, any."""
     if table.rule.spec.score.endswith("patience"):
+        candidates = sorted(table.candidates())
         return candidates[int(place * len(candidates))]
-    gaps = torch.tensor(candidates, dtype=torch.float64).diff()
-    wide = (gaps > 1e-4).nonzero()[:, 0]
+    own = [row for row, exit in enumerate(table.exits[:-1]) if exit.own]
+    scores = table.scores[own].flatten().double().sort().values
+    wide = (scores.diff() > 1e-4).nonzero()[:, 0]
     index = int(wide[int(place * len(wide))])
-    return (candidates[index] + candidates[index + 1]) / 2
+    return float(scores[index : index + 2].mean())
 
 
 def assert_replayed(model: rx.EarlyExitModel, table: ExitTable, threshold: float, rows: list) -> None:
@@ -68,6 +69,14 @@ def test_an_online_rule_is_replayed_at_a_fixed_arm_and_learns_nothing() -> None:
     table = exit_table(rx.accelerate(model), rows)
     assert sum(rule.pulls) == 0
     assert_replayed(model, table, between(table, 0.5), rows)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_model_of_one_exit_has_one_candidate(labels: int) -> None:
+    model = randomised(rx.FullDepth(config_of("bert", num_labels=labels)))
+    table = exit_table(rx.accelerate(model), random_rows(3))
+    (threshold,) = table.candidates()
+    assert table.at(threshold).exit_layer.tolist() == [4] * 3
 
 
 def test_token_types_reach_the_table() -> None:
