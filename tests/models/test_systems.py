@@ -115,6 +115,21 @@ def test_losses_are_the_papers() -> None:
     torch.testing.assert_close(fastbert.training_loss(fastbert.exit_points(ids, mask, None), labels), expected)
 
 
+def test_targets_are_not_taught() -> None:
+    """Students follow the teacher, and u follows what the answers got wrong; neither moves what it follows."""
+    ids, mask = batch_of(random_rows(6), "bert")
+    fastbert = randomised(rx.FastBert(config_of("bert")))
+    fastbert.distillation_loss(fastbert.exit_points(ids, mask, None)).backward()
+    assert all(parameter.grad is None for parameter in fastbert.classifiers[-1].parameters())
+    assert all(parameter.grad is not None for parameter in fastbert.classifiers[0].parameters())
+    berxit = randomised(rx.Berxit(config_of("bert", num_labels=1), rx.LearnedUncertainty(0.1)))
+    berxit.uncertainty_loss(berxit.exit_points(ids, mask, None), torch.linspace(-1, 1, 6)).backward()
+    heads = [*berxit.highways[:-1], berxit.final]
+    assert all(parameter.grad is None for head in heads for parameter in head.classifier.parameters())
+    assert all(head.pooler.weight.grad.abs().sum() > 0 for head in heads)  # through u it does reach the poolers
+    assert berxit.lte.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("kind", FINE_TUNED)
 @pytest.mark.parametrize("system", [rx.DeeBert, rx.FullDepth])
 def test_a_fine_tuned_model_answers_at_the_last_layer(kind: str, system: Any, tmp_path: Path) -> None:
