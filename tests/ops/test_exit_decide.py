@@ -306,15 +306,17 @@ def test_patience_is_pabee(impl, device, answers, patience):
 
 def test_patience_answers(impl, device):
     """Equal logits: the lower class answers. NaN agrees with nothing, before and after. Patience 0 never exits."""
-    logits = [[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [math.nan, 0.0, 0.0], [0.0, 1.0, math.nan], [0.0, 0.0, 2.0]]
-    state = state_of([1, 1, 1, 1, 1], [0, 1, 0, 2, math.nan], device)
+    logits = [[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 2.0]]
+    broken = [[math.nan, 0.0, 0.0], [0.0, 1.0, math.nan]]
+    logits += [row for row in broken for _ in range(3)]
+    state = state_of([1] * 9, [0, 1, math.nan, 0, 1, 2, 0, 1, 2], device)  # a NaN row after each possible answer
     decision = decide(logits, Patience(2), impl, device, state=state)
-    assert decision.state["counter"].tolist() == [2, 2, 0, 0, 0]
-    assert decision.score.tolist() == [2, 2, 0, 0, 0]
-    assert decision.exits.tolist() == [True, True, False, False, False]
-    expected = torch.tensor([0, 1, math.nan, math.nan, 2])
+    assert decision.state["counter"].tolist() == [2, 2] + [0] * 7
+    assert decision.score.tolist() == [2, 2] + [0] * 7
+    assert decision.exits.tolist() == [True, True] + [False] * 7
+    expected = torch.tensor([0, 1, 2] + [math.nan] * 6)
     assert_same_values(decision.state["previous"].cpu(), expected)
-    assert state["counter"].tolist() == [1] * 5  # the input's state is not written
+    assert state["counter"].tolist() == [1] * 9  # the input's state is not written
     assert not decide(logits, Patience(0), impl, device, state=state).exits.any()
     assert decide(logits, Patience((1, 9)), impl, device, state=state, exit_index=0).exits.any()
     assert not decide(logits, Patience((1, 9)), impl, device, state=state, exit_index=1).exits.any()

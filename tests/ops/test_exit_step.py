@@ -117,9 +117,12 @@ def test_error_budget(impl, dtype, device, pooling, pooled_size):
 @pytest.mark.parametrize("classes", [1, 1024, 1025, 3001, 50_000])
 def test_many_classes(impl, dtype, device, classes):
     generator = seeded(classes)
-    head = random_head(9, classes, generator, dtype=dtype, device=device, gain=3.0)
+    head = full_head(9, classes, classes, dtype=dtype, device=device, gain=3.0)
     more = random_batch([1] * 24, 9, generator, dtype=dtype, device=device)
-    for rule in (Entropy(0.5),) if INTERPRETED and classes > 10_000 else (Entropy(0.5), MaxProb(0.02), Patience(2)):
+    rules = [Entropy(0.5), MaxProb(0.02), Patience(2)][: 1 if INTERPRETED and classes > 10_000 else 3]
+    if classes in (1024, 1025):  # to either side of where another kernel takes over
+        rules += [LearnedUncertainty(0.5), DistanceEntropy(0.5, dr_order="distance")]
+    for rule in rules:
         batch = random_batch([1, 4, 2], 9, generator, dtype=dtype, device=device)
         for some in (batch, more):
             some.state = random_state(rule, some.rows, classes, generator, device=device)
