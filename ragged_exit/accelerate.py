@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,31 +12,14 @@ from torch import Tensor, nn
 from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.encoder import PackedEncoder
-from ragged_exit.executor import ExitRecord, RaggedExecutor, Stage
+from ragged_exit.executor import RaggedExecutor, Stage
 from ragged_exit.heads import MlpHead
 from ragged_exit.models.base import EarlyExitModel
 from ragged_exit.ops.dispatch import resolve_impl
 from ragged_exit.outputs import ExitOutput
+from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
-from ragged_exit.scheduler import token_budget_batches
-
-WINDOW_BATCHES = 8  # stream() reads this many token budgets ahead, sorts them by length and answers in order
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """One sequence's answer from ``stream``. ``error`` is set, and the rest None, where the sequence was bad.
-
-    index: its place in the input. logits: f32 ``[C]``.
-    """
-
-    index: int
-    logits: Tensor | None = None
-    score: float | None = None
-    exit_layer: int | None = None
-    exit_member: int | None = None
-    executed_layers: int | None = None
-    error: str | None = None
+from ragged_exit.stream import RowResult, StreamRow, answer_in_order
 
 
 def accelerate(
@@ -161,16 +144,11 @@ class AcceleratedModel(nn.Module):
         is read ahead and sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all
         the same.
         """
-        window: list[_Sequence] = []
-        tokens = 0
-        for index, item in enumerate(sequences):
-            window.append(_Sequence(index, *self._read(item)))
-            tokens += max(1, len(window[-1].input_ids))  # bad sequences have none, and must not pile up either
-            if tokens >= WINDOW_BATCHES * token_budget:
-                yield from self._answer(window, token_budget)
-                window, tokens = [], 0
-        if window:
-            yield from self._answer(window, token_budget)
+        yield from answer_in_order(
+            (StreamRow(index, *self._read(item)) for index, item in enumerate(sequences)),
+            self._pack,
+            SurvivorPools(self.executor, token_budget),
+        )
 
     def _read(
         self, item: Sequence[int] | Mapping[str, Sequence[int]]
@@ -188,18 +166,7 @@ class AcceleratedModel(nn.Module):
             return (), None, f"{type(error).__name__}: {error}"
         return ids, types, None
 
-    @torch.inference_mode()
-    def _answer(self, window: list[_Sequence], token_budget: int) -> Iterator[RowResult]:
-        results: list[RowResult] = [RowResult(row.index, error=row.error) for row in window]
-        good = [place for place, row in enumerate(window) if row.error is None]
-        for part in token_budget_batches([len(window[place].input_ids) for place in good], token_budget):
-            places = [good[number] for number in part]
-            record = self.executor.run(self._pack([window[place] for place in places]))
-            for place, result in zip(places, _rows(record), strict=True):
-                results[place] = replace(result, index=window[place].index)
-        yield from results
-
-    def _pack(self, rows: list[_Sequence]) -> RaggedBatch:
+    def _pack(self, rows: list[StreamRow]) -> RaggedBatch:
         types = None
         if any(row.token_type_ids is not None for row in rows):
             types = [[0] * len(row.input_ids) if row.token_type_ids is None else row.token_type_ids for row in rows]
@@ -218,18 +185,3 @@ class AcceleratedModel(nn.Module):
         for encoder in self.encoders[1:]:
             encoder.check(batch)
         return batch
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    index: int
-    input_ids: Sequence[int]
-    token_type_ids: Sequence[int] | None
-    error: str | None
-
-
-def _rows(record: ExitRecord) -> Iterator[RowResult]:
-    columns = (record.score, record.exit_layer, record.exit_member, record.executed_layers)
-    lists = [column.tolist() for column in columns]
-    for logits, score, layer, member, executed in zip(record.logits.cpu().unbind(), *lists, strict=True):
-        yield RowResult(-1, logits, score, layer, member, executed)

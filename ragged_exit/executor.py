@@ -153,11 +153,13 @@ class Lesson:
         self.rule = rule
         self.sample_ids, order = sample_ids.sort()
         self.thresholds = thresholds[order]
+        self.waiting = len(sample_ids)  # rows that have not left yet, for whoever runs them in several batches
         self.asked: list[tuple[int, Tensor, Tensor]] = []  # (exit index, places of the rows, their scores)
 
     def note(self, exit_index: int, sample_ids: Tensor, scores: Tensor) -> None:
-        """These rows were asked at this exit and got these scores f32 ``[rows]``."""
-        self.asked.append((exit_index, torch.searchsorted(self.sample_ids, sample_ids), scores))
+        """These rows, and perhaps others', were asked at this exit and got these scores f32 ``[rows]``."""
+        ours = torch.isin(sample_ids, self.sample_ids)
+        self.asked.append((exit_index, torch.searchsorted(self.sample_ids, sample_ids[ours]), scores[ours]))
 
     def teach(self) -> None:
         """Every row has left: tell the rule."""
@@ -189,7 +191,7 @@ def _adopt(
 
 
 def conclude(rows: int, departures: Sequence[Departure], lessons: Sequence[Lesson]) -> ExitRecord:
-    """All ``rows`` of a batch have left: their record. Rules that learn are taught, all that were asked told the end."""
+    """All ``rows`` of a batch have left: their record. Lessons are taught; all rules that were asked hear the end."""
     record = _gather(rows, departures)
     for lesson in lessons:
         lesson.teach()

@@ -30,7 +30,8 @@ from tiny import (
 )
 
 import ragged_exit as rx
-from ragged_exit.accelerate import WINDOW_BATCHES
+from ragged_exit.pools import MAX_WAIT, SurvivorPools
+from ragged_exit.stream import WINDOW_BATCHES
 
 
 @pytest.mark.parametrize("impl", impls())
@@ -93,22 +94,22 @@ def test_uer_segments_are_taken_as_the_forward_takes_them(impl: str) -> None:
     )
 
 
-def watch_runs(fast: rx.AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The lengths in every batch that the executor gets from now on."""
+def watch_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The lengths in every batch that enters the pools from now on."""
     runs: list[list[int]] = []
-    run = fast.executor.run
+    put = SurvivorPools.put
 
-    def watched(batch: rx.RaggedBatch, *rest: Any) -> Any:
+    def watched(self: SurvivorPools, batch: rx.RaggedBatch) -> Any:
         runs.append(batch.seqlens.tolist())
-        return run(batch, *rest)
+        return put(self, batch)
 
-    monkeypatch.setattr(fast.executor, "run", watched)
+    monkeypatch.setattr(SurvivorPools, "put", watched)
     return runs
 
 
 def test_stream_keeps_the_budget_and_sorts_by_length_inside_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = fast_model()
-    runs = watch_runs(fast, monkeypatch)
+    runs = watch_runs(monkeypatch)
     rows = random_rows(300, seed=1)
     budget = 60
     list(fast.stream(rows, token_budget=budget))
@@ -123,7 +124,7 @@ def test_stream_keeps_the_budget_and_sorts_by_length_inside_a_window(monkeypatch
 
 def test_a_sequence_longer_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = fast_model()
-    runs = watch_runs(fast, monkeypatch)
+    runs = watch_runs(monkeypatch)
     rows = [[5] * 3, [6] * 20, [7] * 4]
     results = list(fast.stream(rows, token_budget=8))
     assert runs == [[20], [4, 3]]
@@ -136,17 +137,17 @@ def counted(rows: Iterator[Any], seen: list[int]) -> Iterator[Any]:
         yield row
 
 
-def test_stream_reads_lazily_and_no_further_than_a_window() -> None:
+def test_stream_reads_lazily_and_no_further_than_survivors_may_wait() -> None:
     fast = fast_model()
     seen: list[int] = []
     budget, length = 40, 10
     endless = counted(([5 + number % 50] * length for number in itertools.count()), seen)
     results = fast.stream(endless, token_budget=budget)
     assert not seen  # nothing before the first answer is asked for
-    window = WINDOW_BATCHES * budget // length
-    for number in range(3 * window):
+    window, wait = WINDOW_BATCHES * budget // length, MAX_WAIT * budget // length
+    for number in range(30 * window):
         assert next(results).index == number
-        assert len(seen) <= (number // window + 1) * window
+        assert len(seen) <= (number // window + 2) * window + wait
 
 
 def test_between_answers_the_caller_is_not_in_inference_mode() -> None:
