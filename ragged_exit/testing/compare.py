@@ -319,6 +319,7 @@ def assert_compacted(
     assert rows.keys() == after_rows.keys()
     for name, before in rows.items():
         assert_same_values(after_rows[name][: len(stay)], before[stay])
+        assert not after_rows[name][len(stay) :].any(), f"{name}: rows past live are not zero"
 
 
 def assert_same_values(actual: Tensor, expected: Tensor) -> None:
