@@ -1,4 +1,4 @@
-"""The command line: ragged-exit bench | fit | score."""
+"""The command line: ragged-exit bench | fit | calibrate | score | inspect."""
 
 from __future__ import annotations
 
@@ -187,6 +187,71 @@ def score(
         console.print(f"[red]error[/red] {error}", highlight=False)
         raise typer.Exit(2) from error
     console.print(f"wrote {scored.rows:,} rows to {out}, {scored.errors:,} of them with an error", highlight=False)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="early-exit checkpoint with its tokenizer; its config.json is changed")],
+    data: Annotated[
+        Path, typer.Argument(help="csv, tsv, jsonl or parquet with text[, text2][, label], not trained on")
+    ],
+    max_loss: Annotated[float, typer.Option(help="share of answers that leaving early may spoil")] = 0.01,
+    confidence: Annotated[float, typer.Option(help="that the share holds on new rows")] = 0.95,
+    speedup: Annotated[
+        float | None, typer.Option(help="instead: run 1 / SPEEDUP of the layers, whatever it costs")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
+) -> None:
+    """Choose the threshold: the loosest with a guarantee on lost answers, or the one for a speed-up."""
+    from ragged_exit.calibration.job import run_calibrate
+
+    try:
+        found = run_calibrate(
+            model, data, max_loss=max_loss, confidence=confidence, speedup=speedup, max_length=max_length
+        )
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[red]error[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    console.print(f"{found.rule}: {found.verdict}", highlight=False)
+    console.print(f"wrote {model / 'config.json'}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="early-exit checkpoint, ours or a published one")],
+    data: Annotated[Path | None, typer.Argument(help="texts: where their rows leave")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
+) -> None:
+    """Say what a checkpoint is and, with data, at which exits the rows leave."""
+    from ragged_exit.calibration.job import exit_counts, read_examples
+    from ragged_exit.models.loading import load
+
+    try:
+        loaded = load(model)
+        counts = exit_counts(loaded, read_examples(model, data, max_length)) if data is not None else []
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[red]error[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    config = loaded.config
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    facts = {
+        "system": loaded.system,
+        "rule": loaded.rule,
+        "backbone": f"{config.model_type}, {config.num_hidden_layers} layers, hidden {config.hidden_size}",
+        "outputs": config.num_labels,
+        "parameters": f"{parameters:,}",
+        "exits": loaded.num_exits,
+    }
+    for name, value in facts.items():
+        console.print(f"{name:<11} {value}", highlight=False)
+    if counts:
+        rows = sum(count for *_, count in counts)
+        table = Table("member", "layer", "layers run", "rows", "share", title=f"where {rows:,} rows leave")
+        for member, layer, executed, count in counts:
+            table.add_row(str(member), str(layer), str(executed), f"{count:,}", f"{100 * count / rows:.1f} %")
+        console.print(table)
+        mean = sum(executed * count for _, _, executed, count in counts) / rows
+        console.print(f"mean {mean:.2f} layers run, at most {counts[-1][2]}", highlight=False)
 
 
 if __name__ == "__main__":

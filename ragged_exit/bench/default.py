@@ -19,10 +19,10 @@ from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
 from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.examples import Examples
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import load
 from ragged_exit.rules import Entropy
-from ragged_exit.training.examples import Examples
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.examples import Examples
 from ragged_exit.models.cascade import CascadeBert
 from ragged_exit.models.layered import LayeredModel
-from ragged_exit.training.examples import Examples
 from ragged_exit.training.fit import fit
 
 

@@ -15,14 +15,15 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_utils import get_last_checkpoint
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.examples import Examples
 from ragged_exit.models.base import ExitPoint
 from ragged_exit.models.highway import MlpExit
 from ragged_exit.models.layered import LayeredModel
-from ragged_exit.training.examples import Examples, FeatureRows, TokenRows, collate
 from ragged_exit.training.features import pooled_features
 from ragged_exit.training.phases import HEADS_ONLY, Batch, Phase, Schedule
 from ragged_exit.training.progress import PhaseBar, track_rows
 from ragged_exit.training.recipes import phases_of
+from ragged_exit.training.rows import FeatureRows, TokenRows, collate
 
 
 def fit(

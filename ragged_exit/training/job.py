@@ -13,12 +13,12 @@ from ragged_exit.accelerate import accelerate
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.metrics import accuracy, calibration_error, pearson, spearman
 from ragged_exit.data import read_text_data, split_by_hash
+from ragged_exit.examples import Examples, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
 from ragged_exit.models.cascade import CascadeBert
 from ragged_exit.models.full_depth import FullDepth
 from ragged_exit.models.layered import LayeredModel
 from ragged_exit.training.cascade import fit_cascade
-from ragged_exit.training.examples import Examples, tokenise
 from ragged_exit.training.fit import fit
 from ragged_exit.training.recipes import RECIPES
 
@@ -73,7 +73,7 @@ def run_fit(
         raise ValueError(f"data: {len(text)} rows are too few for a validation part; give more, or a validation file")
     tokenizer = AutoTokenizer.from_pretrained(source)
     train, valid = (tokenise(tokenizer, part, max_length=max_length) for part in parts)
-    num_labels = 1 if text.is_regression else max(int(label) for label in train.labels) + 1
+    num_labels = 1 if text.is_regression else max(int(label) for label in train.labels or ()) + 1
     set_seed(seed)
     model = _build(system, source, members, num_labels, pooling)
     say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows")

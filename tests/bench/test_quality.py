@@ -18,7 +18,7 @@ from ragged_exit.bench.quality.points import TARGETS, Point, measure
 from ragged_exit.bench.quality.published import FULL, QUALITY, retention
 from ragged_exit.bench.quality.report import TaskReport, draw, write_json
 from ragged_exit.bench.quality.tasks import TASKS, load_task
-from ragged_exit.training.examples import Examples
+from ragged_exit.examples import Examples
 from ragged_exit.training.fit import fit
 
 

@@ -6,9 +6,10 @@ import torch
 from transformers import BertConfig
 
 import ragged_exit as rx
+from ragged_exit.examples import Examples
 from ragged_exit.models.full_depth import FullDepth
 from ragged_exit.models.layered import LayeredModel
-from ragged_exit.training.examples import Examples, TokenRows, collate
+from ragged_exit.training.rows import TokenRows, collate
 
 SYSTEMS = {
     "deebert": rx.DeeBert,

@@ -8,9 +8,9 @@ from tiny import one_thread  # noqa: F401  (autouse)
 import ragged_exit as rx
 from ragged_exit.backbones import backbone_weights
 from ragged_exit.encoder import PackedEncoder
+from ragged_exit.examples import Examples
 from ragged_exit.training import fit as fit_module
 from ragged_exit.training.cascade import difficult_rows, fit_cascade
-from ragged_exit.training.examples import Examples
 from ragged_exit.training.features import pooled_features
 from ragged_exit.training.fit import fit
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from ragged_exit.bench.quality.tasks import Task
 from ragged_exit.embedded import encoder_dir
+from ragged_exit.examples import tokenise
 from ragged_exit.models.base import EarlyExitModel
 from ragged_exit.models.berxit import Berxit
 from ragged_exit.models.cascade import CascadeBert
@@ -25,7 +26,6 @@ from ragged_exit.models.layered import LayeredModel
 from ragged_exit.models.loading import load
 from ragged_exit.models.pabee import Pabee
 from ragged_exit.training.cascade import difficult_rows
-from ragged_exit.training.examples import tokenise
 from ragged_exit.training.fit import fit
 
 ENCODER = "bge-small"

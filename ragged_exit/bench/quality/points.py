@@ -24,11 +24,12 @@ from ragged_exit.calibration.metrics import (
     spearman,
 )
 from ragged_exit.calibration.threshold import Quality, threshold_for_layers
+from ragged_exit.examples import Examples
 from ragged_exit.executor import ExitRecord
 from ragged_exit.models.base import EarlyExitModel, answer
 from ragged_exit.rules import ExitRule, Patience
 from ragged_exit.scheduler import token_budget_batches
-from ragged_exit.training.examples import Examples, TokenRows, collate
+from ragged_exit.training.rows import TokenRows, collate
 
 TARGETS = (1.5, 2.0, 3.0, 4.0)  # layer speed-ups
 TOLERANCES = (0.05, 0.1, 0.2, 0.4)  # a regression's patience: the change that still counts as agreement, scores 0 to 5

@@ -1,0 +1,90 @@
+"""The calibrate and inspect commands' work: a checkpoint and a file of text in; thresholds, exits and facts out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.calibration.exit_table import ExitTable, exit_table
+from ragged_exit.calibration.guarantee import guaranteed_threshold
+from ragged_exit.calibration.threshold import threshold_for_layers
+from ragged_exit.data import read_text_data
+from ragged_exit.examples import Examples, tokenise
+from ragged_exit.models.base import EarlyExitModel
+from ragged_exit.models.loading import load
+from ragged_exit.rules import ExitRule
+
+
+class Calibrated(NamedTuple):
+    """What ``calibrate`` chose: the rule as it was saved, and one line on what it promises or reaches."""
+
+    rule: ExitRule
+    verdict: str
+    table: ExitTable
+
+
+def run_calibrate(
+    directory: Path, data: Path, *, max_loss: float, confidence: float, speedup: float | None, max_length: int
+) -> Calibrated:
+    """Choose the threshold (or patience) of a checkpoint's rule on the texts of ``data``, and save it in config.json.
+
+    By default the loosest with a guarantee (``guaranteed_threshold``); with ``speedup`` the one that runs 1 / speedup
+    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do.
+    """
+    model, examples = load(directory), read_examples(directory, data, max_length)
+    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
+    layers = table.exits[-1].executed_layers
+    if speedup is not None:
+        threshold = threshold_for_layers(table, layers / speedup)
+        replay = table.at(threshold)
+        verdict = (
+            f"{float(replay.executed_layers.double().mean()):.2f} of {layers} layers run on {len(examples):,} rows"
+        )
+    else:
+        labels = None if examples.labels is None else examples.label_tensor(model.config.num_labels)
+        found = guaranteed_threshold(table, labels, max_loss=max_loss, confidence=confidence)
+        if found.threshold is None:
+            raise ValueError(
+                f"max_loss: {len(examples):,} rows are too few, or early answers too poor, to promise {max_loss}"
+            )
+        threshold = found.threshold
+        spoilt = "right answers lost" if labels is not None else "answers changed"
+        verdict = (
+            f"with {100 * confidence:g} % confidence at most {100 * max_loss:g} % of {spoilt} "
+            f"({100 * found.lost:.2f} % here); {found.mean_executed_layers:.2f} of {layers} layers run"
+        )
+    rule = model.rule.with_threshold(threshold)
+    _save_rule(directory, rule)
+    return Calibrated(rule, verdict, table)
+
+
+def read_examples(directory: Path, data: Path, max_length: int) -> Examples:
+    """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return tokenise(tokenizer, read_text_data(data, require_labels=False), max_length=max_length)
+
+
+def exit_counts(model: EarlyExitModel, examples: Examples) -> list[tuple[int, int, int, int]]:
+    """(member, layer, layers run, rows that leave there) of every exit, under the model's own rule."""
+    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
+    counts = table.under(model.rule).exit_index.bincount(minlength=len(table.exits)).tolist()
+    return [
+        (exit_.exit_member, exit_.exit_layer, exit_.executed_layers, count)
+        for exit_, count in zip(table.exits, counts, strict=True)
+    ]
+
+
+def _save_rule(directory: Path, rule: ExitRule) -> None:
+    """Only the rule changes; a published checkpoint, which has no section of ours, cannot hold it."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    if "early_exit" not in config:
+        raise ValueError(f"directory: {directory} is a published checkpoint; save_pretrained it first")
+    config["early_exit"]["rule"] = rule.to_dict()
+    scratch = path.with_name(".config.json")
+    scratch.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    scratch.replace(path)

@@ -1,0 +1,59 @@
+"""Examples: labelled token id sequences, what a tokenizer makes of text data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragged_exit.data import TextData
+
+Sequences = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N rows. labels: integers are classes, floats are regression targets, None is unlabelled.
+
+    Raises ValueError when a list has another length.
+    """
+
+    sequences: Sequences
+    labels: Sequence[int] | Sequence[float] | None = None
+    token_type_ids: Sequences | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "token_type_ids"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.sequences):
+                raise ValueError(f"{name}: expected {len(self.sequences)} values, one per sequence, got {len(values)}")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: Sequence[int]) -> Examples:
+        """These rows, in this order."""
+        types = None if self.token_type_ids is None else [self.token_type_ids[row] for row in rows]
+        labels = None if self.labels is None else [self.labels[row] for row in rows]
+        return Examples([self.sequences[row] for row in rows], labels, types)
+
+    def label_tensor(self, num_labels: int) -> Tensor:
+        """``[N]``: f32 targets for one output, else int64 classes. ValueError without labels, or for other classes."""
+        if self.labels is None:
+            raise ValueError("labels: expected one a row, got none")
+        if num_labels == 1:
+            return torch.tensor(self.labels, dtype=torch.float32)
+        labels = torch.tensor(self.labels)
+        if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+            raise ValueError(f"labels: expected classes 0 to {num_labels - 1}, got {labels.min()} to {labels.max()}")
+        return labels
+
+
+def tokenise(tokenizer: Any, data: TextData, *, max_length: int = 128) -> Examples:
+    """Text or text pairs as the model reads them, cut at ``max_length`` tokens."""
+    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=max_length)
+    types = encoded.get("token_type_ids") if data.text_pairs is not None else None
+    return Examples(encoded["input_ids"], data.labels, types)

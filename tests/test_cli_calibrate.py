@@ -1,0 +1,66 @@
+"""`ragged-exit calibrate` and `inspect`: the checkpoint's rule changes as promised, and is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from score_cases import save_checkpoint, texts
+from tiny import one_thread  # noqa: F401  (autouse)
+from typer.testing import CliRunner
+
+import ragged_exit as rx
+from ragged_exit.cli import app
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(400)))
+    return path
+
+
+def test_calibrate_for_a_guarantee(checkpoint, data):
+    code, output = run("calibrate", checkpoint, data, "--max-loss", 0.1)
+    assert code == 0, output
+    assert "with 95 % confidence at most 10 % of answers changed" in output
+    rule = rx.load(checkpoint).rule
+    assert isinstance(rule, rx.Entropy) and 0 < rule.threshold != 0.5
+    _, told = run("inspect", checkpoint, data)
+    mean = float(output.split(" of 3 layers run")[0].split()[-1])
+    assert f"mean {mean:.2f} layers run" in told  # what was promised is what the saved rule does
+
+
+def test_calibrate_for_a_speedup(checkpoint, data):
+    code, output = run("calibrate", checkpoint, data, "--speedup", 1.5)
+    assert code == 0, output
+    layers = float(output.split(" of 3 layers run")[0].split()[-1])
+    assert 1.7 <= layers <= 2.0
+
+
+def test_what_cannot_be_promised_changes_nothing(checkpoint, data):
+    before = (checkpoint / "config.json").read_text()
+    code, output = run("calibrate", checkpoint, data, "--max-loss", 0.001)
+    assert code == 2 and "error max_loss" in output
+    assert (checkpoint / "config.json").read_text() == before
+
+
+def test_inspect_a_checkpoint(checkpoint):
+    code, output = run("inspect", checkpoint)
+    assert code == 0 and "system deebert" in output and "3 layers, hidden 32" in output
+
+
+def test_no_checkpoint_is_one_clear_line(tmp_path):
+    code, output = run("inspect", tmp_path)
+    assert code == 2 and "error" in output and "config.json" in output
