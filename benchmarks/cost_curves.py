@@ -1,0 +1,162 @@
+"""Time and memory of `stream` against the number of sequences, their length, the token budget, depth and threads.
+
+python benchmarks/cost_curves.py [--shape small|tiny] [--curve sequences --curve length ...] [--largest N]
+                                 [--threads N] [--json F] [--plot F]
+
+Random weights. Memory is the growth of the process's peak over what it held before the first sequence was read.
+`tiny` has two layers of hidden size 64: for a million sequences in minutes.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import BertConfig
+
+from ragged_exit.accelerate import AcceleratedModel, accelerate
+from ragged_exit.bench.environment import environment
+from ragged_exit.bench.synthetic import SHAPES, random_deebert
+from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.calibration.threshold import threshold_for_layers
+from ragged_exit.models.deebert import DeeBert
+from ragged_exit.rules import Entropy
+
+TINY = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
+MEAN_LENGTH = 24
+ROWS = 2_000  # where the number of sequences is not what varies
+BUDGET = 4096
+SPEEDUP = 2.0
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="small or tiny")] = "small",
+    curve: Annotated[
+        list[str] | None, typer.Option(help="sequences, length, budget, depth, threads (default: all)")
+    ] = None,
+    largest: Annotated[int, typer.Option(help="most sequences: a power of ten from 1,000")] = 10_000,
+    threads: int = 2,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    torch.set_num_threads(threads)
+    console = Console()
+    model = _model(shape)
+    curves: dict[str, Callable[[], list[dict[str, float]]]] = {
+        "sequences": lambda: [_point(model, n, n) for n in _powers(largest)],
+        "length": lambda: [_point(model, x, ROWS // (x // 8), length=x) for x in (8, 16, 32, 64, 128, 256)],
+        "budget": lambda: [_point(model, x, ROWS, budget=x) for x in (256, 1024, 4096, 16384)],
+        "depth": lambda: [_point(model, x, ROWS, speedup=x) for x in (1.0, 1.5, 2.0, 3.0, 4.0) if x <= _layers(model)],
+        "threads": lambda: [_with_threads(model, x) for x in range(1, threads + 1)],
+    }
+    found = {}
+    for name in curve or curves:
+        found[name] = curves[name]()
+        table = Table(name, "sequences/s", "seconds", "memory, MB", title=f"{shape}: {name}")
+        for point in found[name]:
+            table.add_row(*(f"{point[key]:,.6g}" for key in ("at", "rate", "seconds", "megabytes")))
+        console.print(table)
+    if json is not None:
+        json.write_text(jsonlib.dumps({"environment": environment(), "shape": shape, "curves": found}, indent=1) + "\n")
+    if plot is not None:
+        _draw(found, shape, plot)
+
+
+def _model(shape: str) -> DeeBert:
+    if shape in SHAPES:
+        return random_deebert(shape, 20)
+    torch.manual_seed(20)
+    model = DeeBert(BertConfig(vocab_size=30_522, num_labels=2, **TINY), Entropy(0.0)).eval()
+    for head in (*model.highways, model.final):
+        torch.nn.init.normal_(head.classifier.weight, std=0.5)
+    return model
+
+
+def _layers(model: DeeBert) -> int:
+    return model.config.num_hidden_layers
+
+
+def _sequences(rows: int, mean: int, seed: int) -> Iterator[list[int]]:
+    """Made one at a time, so that the input itself takes no memory."""
+    draw = random.Random(seed)
+    for _ in range(rows):
+        length = draw.randint(max(1, mean // 2), mean + mean // 2)
+        first = draw.randrange(1000, 30_000)
+        yield [1000 + (first + 7919 * place) % 29_000 for place in range(length)]
+
+
+def _fast(model: DeeBert, speedup: float, mean: int) -> AcceleratedModel:
+    """At the threshold under which 1 / speedup of the layers are run."""
+    sample = list(_sequences(256, mean, 99))
+    table = exit_table(accelerate(model), sample)
+    mean_layers = max(_layers(model) / speedup, 1.1)  # some rows must stay past the first
+    return accelerate(model, threshold=threshold_for_layers(table, mean_layers))
+
+
+def _point(
+    model: DeeBert, at: float, rows: int, *, length: int = MEAN_LENGTH, budget: int = BUDGET, speedup: float = SPEEDUP
+) -> dict[str, float]:
+    fast = _fast(model, speedup, length)
+    for _ in fast.stream(_sequences(200, length, 1), token_budget=budget):
+        pass
+    before, start, layers = _peak(), time.perf_counter(), 0
+    for result in fast.stream(_sequences(rows, length, 2), token_budget=budget):
+        layers += result.executed_layers or 0
+    seconds = time.perf_counter() - start
+    return {
+        "at": at,
+        "sequences": rows,
+        "seconds": seconds,
+        "rate": rows / seconds,
+        "megabytes": (_peak() - before) / 1e6,
+        "layer_speedup": _layers(model) * rows / layers,
+    }
+
+
+def _with_threads(model: DeeBert, count: int) -> dict[str, float]:
+    torch.set_num_threads(count)
+    return _point(model, count, ROWS)
+
+
+def _peak() -> float:
+    """Bytes of the largest resident set so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _powers(largest: int) -> list[int]:
+    return [10**power for power in range(3, 10) if 10**power <= largest]
+
+
+def _draw(found: dict[str, list[dict[str, Any]]], shape: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.6), squeeze=False)
+    for (name, points), axis in zip(found.items(), axes[0], strict=True):
+        at = [point["at"] for point in points]
+        axis.plot(at, [point["rate"] for point in points], "o-", color="#4477aa")
+        axis.set(xlabel=name, ylabel="sequences per second", title=f"{shape}: {name}", ylim=(0, None))
+        if name in ("sequences", "length", "budget"):
+            axis.set_xscale("log")
+        memory = axis.twinx()
+        memory.plot(at, [point["megabytes"] for point in points], "s--", color="#cc6677")
+        memory.set_ylabel("peak memory growth, MB", color="#cc6677")
+        memory.set_ylim(0, max(50, *(1.2 * point["megabytes"] for point in points)))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,34 @@
+"""The cost curves run, on two layers and few sequences, and a long stream needs no more memory than a short one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tiny import one_thread  # noqa: F401  (autouse)
+
+
+@pytest.fixture(scope="module")
+def curves():
+    path = Path(__file__).parents[2] / "benchmarks" / "cost_curves.py"
+    spec = importlib.util.spec_from_file_location("cost_curves", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_points_and_picture(curves, tmp_path):
+    curves.main("tiny", ["sequences", "depth"], 1000, 1, tmp_path / "c.json", tmp_path / "c.png")
+    found = json.loads((tmp_path / "c.json").read_text())["curves"]
+    assert [point["sequences"] for point in found["sequences"]] == [1000]
+    speedups = [point["layer_speedup"] for point in found["depth"]]
+    assert speedups[0] == 1.0 and speedups[-1] > 1.5  # the threshold does what the axis says
+    assert (tmp_path / "c.png").stat().st_size > 5_000
+
+
+def test_memory_is_flat(curves):
+    model = curves._model("tiny")
+    short, long = (curves._point(model, 0, rows) for rows in (5_000, 40_000))
+    assert long["megabytes"] < 60 and short["megabytes"] < 300
