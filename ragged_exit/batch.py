@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_BUCKET = 32
+MOST_TOKENS = 2**31 - 1  # cu_seqlens is int32
 TOKEN_FIELDS = ("hidden", "input_ids", "token_type_ids", "position_ids")
 
 
@@ -85,11 +86,19 @@ class RaggedBatch:
 
     @classmethod
     def from_seqlens(cls, seqlens: Tensor, device: torch.device | str = "cpu", **fields: object) -> RaggedBatch:
-        """A batch of rows with these lengths (int ``[B]``, host), without tokens unless given by name."""
+        """A batch of rows with these lengths (int ``[B]``, host), without tokens unless given by name.
+
+        Raises ValueError for no rows, a row without tokens, or more tokens than int32 counts.
+        """
+        if seqlens.ndim != 1 or len(seqlens) == 0 or int(seqlens.min()) < 1:
+            raise ValueError(f"seqlens: expected at least one row of at least one token, got {seqlens.tolist()}")
+        tokens = int(seqlens.sum(dtype=torch.int64))
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"seqlens: expected at most {MOST_TOKENS} tokens, got {tokens}")
         seqlens = seqlens.to(device="cpu", dtype=torch.int32)
         cu_seqlens = seqlens.new_zeros(len(seqlens) + 1)
         torch.cumsum(seqlens, 0, dtype=torch.int32, out=cu_seqlens[1:])
-        live = seqlens.new_tensor([len(seqlens), int(cu_seqlens[-1])])
+        live = seqlens.new_tensor([len(seqlens), tokens])
         fields.setdefault("sample_ids", torch.arange(len(seqlens), device=device))
         return cls(cu_seqlens=cu_seqlens.to(device), live=live.to(device), seqlens=seqlens, **fields)  # type: ignore[arg-type]
 

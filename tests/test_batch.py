@@ -226,6 +226,15 @@ def test_the_rest_names_what_is_wrong():
     check_ids("labels", IDS.to(torch.uint8))
 
 
+@pytest.mark.parametrize("seqlens", [[], [2, 0, 1], [3, -1], [[1, 2]], [2**31]])
+def test_lengths_that_make_no_batch(seqlens):
+    """A row of no tokens would read its neighbour's [CLS], and a sum past int32 would wrap around."""
+    with pytest.raises(ValueError, match="seqlens: expected at"):
+        RaggedBatch.from_seqlens(torch.tensor(seqlens, dtype=torch.int64))
+    with pytest.raises(ValueError, match="seqlens: expected at most 2147483647 tokens, got 3000000000"):
+        RaggedBatch.from_seqlens(torch.full((3,), 10**9, dtype=torch.int32))
+
+
 def test_sequences_of_fractions_are_refused():
     with pytest.raises(TypeError, match="sequences: expected whole numbers"):
         RaggedBatch.from_sequences([[1.5, 2]])  # type: ignore[list-item]
