@@ -61,6 +61,19 @@ class Departure(NamedTuple):
     score: Tensor
 
 
+class Asked(NamedTuple):
+    """A stage's decision on the rows ``sample_ids`` int64 ``[Bcap]``."""
+
+    stage: Stage
+    sample_ids: Tensor
+    decision: ExitDecision
+
+    def departure(self) -> Departure:
+        """Who leaves. The host waits for the decision."""
+        left = self.decision.exits.nonzero()[:, 0]
+        return Departure(self.stage, self.sample_ids[left], self.decision.logits[left], self.decision.score[left])
+
+
 class Waiting(NamedTuple):
     """A batch before a stage, and how many of its rows live (its capacity may be larger)."""
 
@@ -89,15 +102,15 @@ class RaggedExecutor:
         on_decision sees each stage's decision as it is made (calibration's view).
         """
         rows = batch.rows
-        departures: list[Departure] = []
+        asked: list[Asked] = []
         lessons: list[Lesson] = []
         waiting: Waiting | None = Waiting(batch, rows)
         for number in range(len(self.stages)):
             if waiting is None:
                 break
-            departure, waiting = self.step(number, waiting, lessons, on_decision)
-            departures.append(departure)
-        return conclude(rows, departures, lessons)
+            answer, waiting = self.step(number, waiting, lessons, on_decision)
+            asked.append(answer)
+        return conclude(rows, [answer.departure() for answer in asked], lessons)
 
     def step(
         self,
@@ -105,8 +118,8 @@ class RaggedExecutor:
         waiting: Waiting,
         lessons: list[Lesson],
         on_decision: Callable[[ExitDecision], None] | None = None,
-    ) -> tuple[Departure, Waiting | None]:
-        """Run stage ``number`` on the rows that wait before it: who leaves, and who waits before the next (or None).
+    ) -> tuple[Asked, Waiting | None]:
+        """Run stage ``number`` on the rows that wait before it: its decision, and who waits before the next (or None).
 
         lessons: of the rows' rules so far; a rule that starts here and learns adds one.
         """
@@ -125,16 +138,15 @@ class RaggedExecutor:
                 lesson.note(stage.exit_index, batch.sample_ids[:rows], decision.score[:rows])
         if on_decision is not None:
             on_decision(decision)
-        left = decision.exits.nonzero()[:, 0]
-        departure = Departure(stage, batch.sample_ids[left], decision.logits[left], decision.score[left])
+        asked = Asked(stage, batch.sample_ids, decision)
         survivors, tokens = decision.live.tolist()  # on a GPU the one wait of a stage
         if survivors == 0:
-            return departure, None
+            return asked, None
         if survivors < rows:
             batch = compact(batch, decision, token_bucket(tokens), impl=self.impl)
         else:  # nobody left: only the rule's state moves on
             batch = replace(batch, state={**batch.state, **decision.state})
-        return departure, Waiting(batch, survivors)
+        return asked, Waiting(batch, survivors)
 
     def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
         if isinstance(stage.head, MlpHead):

@@ -123,9 +123,10 @@ class SurvivorPools:
 
     def _run(self, number: int, entered: int, batch: RaggedBatch) -> list[Finished]:
         """One stage on a batch whose oldest row came with batch number ``entered``."""
-        departure, waiting = self.executor.step(number, Waiting(batch, batch.rows), self._lessons)
+        asked, waiting = self.executor.step(number, Waiting(batch, batch.rows), self._lessons)
         if waiting is not None:
             self._pools[number + 1].put(entered, waiting.batch.part(0, waiting.rows))
+        departure = asked.departure()
         if len(departure.sample_ids) == 0:
             return []
         self._teach(departure)
