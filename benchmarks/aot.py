@@ -41,10 +41,7 @@ from ragged_exit.rules import ScoreSpec
 TABLE = Path(__file__).parent / "results" / "aot_resources.json"
 TARGETS = {"sm_80": 80, "sm_90": 90}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Stack bytes a thread that a triton version may use, 0 for the others. In these two ptxas parks one predicate in a few
-# kernels (one store and one load a launch), to fit one more program on a multiprocessor.
-STACK_BOUND = {"3.6.0": 8, "3.9.0": 8}
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 class Launch(NamedTuple):
@@ -251,12 +248,11 @@ def measure(cases: dict[str, Callable], targets: dict[str, int]) -> dict[str, di
 
 
 def spills(found: dict[str, dict[str, int]]) -> list[str]:
-    """The kernels that use more stack or local memory than they may."""
-    bound = STACK_BOUND.get(triton.__version__, 0)
+    """The kernels that use stack or local memory: none may."""
     return [
         f"{key}: stack {row['STACK']}, local {row['LOCAL']} bytes"
         for key, row in found.items()
-        if row["STACK"] > bound or row["LOCAL"] > 0
+        if row["STACK"] > 0 or row["LOCAL"] > 0
     ]
 
 

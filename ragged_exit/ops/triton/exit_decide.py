@@ -18,8 +18,8 @@ from ragged_exit.rules import ScoreSpec
 
 MAX_CLASS_TILE = 1024
 SCAN_BLOCK = 1024
-# Logits that one program of 4 warps holds at a time: 16 registers of a thread a copy.
-_TILE_ELEMENTS = 2048
+# Logits that one program of 4 warps holds at a time: 8 registers of a thread a copy. With 16, ptxas spills predicates.
+_TILE_ELEMENTS = 1024
 
 
 def class_tile(classes: int, most_rows: int) -> dict[str, int]:

@@ -35,6 +35,8 @@ from ragged_exit.ops.triton.pooling import mean_pool, pooled_tile, row_starts
 from ragged_exit.ops.triton.scores import decide_rows
 from ragged_exit.rules import ScoreSpec
 
+MANY_CLASSES, MANY_CLASSES_REGISTERS = 256, 192
+
 
 @triton.jit(do_not_specialize=["row_capacity"])
 def exit_step_kernel(
@@ -370,6 +372,8 @@ def exit_step(
         **classifier,
         **class_tile(classes, tile["BLOCK_B"]),
         **rule_arguments(spec, threshold, counter, previous, classes, final),
+        # many classes: without a bound of its own ptxas spills predicates to fit one more program on a multiprocessor
+        maxnreg=MANY_CLASSES_REGISTERS if classes > MANY_CLASSES else None,
     )
     return outputs
 
