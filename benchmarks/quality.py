@@ -28,6 +28,7 @@ def main(
     system: Annotated[list[str] | None, typer.Option(help="only these (default: all that fit the task)")] = None,
     quick: Annotated[bool, typer.Option(help="a few rows and one epoch: minutes, and poor models")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="trained models (default: in the cache folder)")] = None,
+    pooling: Annotated[str, typer.Option(help="what pooled heads see: cls, as published, or mean")] = "cls",
     repeats: Annotated[int, typer.Option(min=1, help="timed repeats, each on other rows")] = 3,
     threads: int = 2,
     bf16: Annotated[bool, typer.Option(help="train in bf16 (autocast)")] = True,
@@ -43,13 +44,15 @@ def main(
         if quick:
             budget = replace(budget, rows=QUICK_ROWS, epochs=1)
             loaded = Task(name, loaded.train, *(_first(part) for part in (loaded.valid, loaded.dev)))
-        study = Study(loaded, budget, folder, bf16=bf16, say=lambda line: console.print(line, style="dim"))
+        study = Study(
+            loaded, budget, folder, pooling=pooling, bf16=bf16, say=lambda line: console.print(line, style="dim")
+        )
         names = [item for item in study.systems() if not system or item in system]
         report = TaskReport(
             task=name,
             metric=next(iter(metrics(name))),
             rows={"train": len(study.train), "valid": len(study.valid), "dev": len(study.dev)},
-            training=asdict(budget) | {"seed": study.seed, "bf16": bf16},
+            training=asdict(budget) | {"pooling": pooling, "seed": study.seed, "bf16": bf16},
             points=measure(study, names, repeats=repeats, say=study.say),
         )
         report.print(console)

@@ -66,7 +66,8 @@ BUDGETS = {
 class Study:
     """One task: its examples as token ids, and its models, trained when first asked for.
 
-    work_dir: models are kept there, one folder each, and unfinished training goes on from there.
+    work_dir: models are kept there, one folder each, and unfinished training goes on from there. pooling: what pooled
+    heads see, "cls" as published or "mean".
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Study:
         budget: Budget,
         work_dir: Path,
         *,
+        pooling: str = "cls",
         seed: int = 42,
         bf16: bool = True,
         say: Callable[[str], Any],
     ) -> None:
         self.task, self.budget, self.seed, self.bf16, self.say = task, budget, seed, bf16, say
-        self.folder = work_dir / task.name
+        self.pooled = {"pooling": pooling}
+        self.folder = work_dir / f"{task.name}-{pooling}"
         self.source = str(encoder_dir(ENCODER, say=say))
         tokenizer = AutoTokenizer.from_pretrained(self.source)
         train = task.train
@@ -134,10 +137,12 @@ class Study:
     def _fresh(self, name: str) -> LayeredModel:
         labels = self.task.num_labels
         if name == SMALL_MEMBER:
-            return FullDepth.from_backbone(encoder_dir(SMALL_MEMBER, say=self.say), num_labels=labels)
+            return FullDepth.from_backbone(encoder_dir(SMALL_MEMBER, say=self.say), num_labels=labels, **self.pooled)
         if name in SYSTEMS:
-            return SYSTEMS[name].from_backbone(self.source, num_labels=labels)
-        return truncated(self.source, int(name.removeprefix("bert-").removesuffix("l")), num_labels=labels)
+            pooled = {} if name == "fastbert" else self.pooled  # its heads see all tokens
+            return SYSTEMS[name].from_backbone(self.source, num_labels=labels, **pooled)
+        layers = int(name.removeprefix("bert-").removesuffix("l"))
+        return truncated(self.source, layers, num_labels=labels, **self.pooled)
 
     def _options(self) -> dict[str, Any]:
         return {
