@@ -26,6 +26,7 @@ from ragged_exit.rules import Entropy
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
+_REVISION = 2  # of how heads are fitted: part of every cached name
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
         if not isinstance(model, DeeBert):
             raise ValueError(f"model: expected a DeeBERT checkpoint or a plain encoder, got {model.system}")
         return model
-    key = hashlib.sha256(repr((source, num_labels, seed, train.sequences[:100], len(train))).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_REVISION, source, num_labels, seed, train.sequences[:100], len(train))).encode()).hexdigest()[:16]
     cached = embedded.cache_dir() / "heads" / key
     if (cached / "model.safetensors").is_file():
         say(f"heads from {cached}")
