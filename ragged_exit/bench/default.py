@@ -108,7 +108,8 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
         if not isinstance(model, DeeBert):
             raise ValueError(f"model: expected a DeeBERT checkpoint or a plain encoder, got {model.system}")
         return model
-    key = hashlib.sha256(repr((_REVISION, source, num_labels, seed, train.sequences[:100], len(train))).encode()).hexdigest()[:16]
+    what = repr((_REVISION, source, num_labels, seed, train.sequences[:100], len(train)))
+    key = hashlib.sha256(what.encode()).hexdigest()[:16]
     cached = embedded.cache_dir() / "heads" / key
     if (cached / "model.safetensors").is_file():
         say(f"heads from {cached}")
