@@ -82,7 +82,7 @@ class Study:
         say: Callable[[str], Any],
     ) -> None:
         self.task, self.budget, self.seed, self.bf16, self.say = task, budget, seed, bf16, say
-        self.pooled = {"pooling": pooling}
+        self.pooled: dict[str, Any] = {"pooling": pooling}
         self.folder = work_dir / f"{task.name}-{pooling}"
         self.source = str(encoder_dir(ENCODER, say=say))
         tokenizer = AutoTokenizer.from_pretrained(self.source)
