@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ragged_exit.encoder import PackedEncoder
+from ragged_exit.examples import Sequences
 from ragged_exit.ops.reference.exit import pool_rows
 from ragged_exit.scheduler import token_budget_batches
-
-Sequences = Sequence[Sequence[int]]
 
 
 @torch.inference_mode()
