@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Answers:
 
 
 Run = Callable[[Workload, int], Answers]
+# input_ids, attention_mask, token_type_ids or None, all [B, S] -> logits [B, C]
+PaddedForward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,24 +77,23 @@ def contenders(
 def padded(model: DeeBert, *, by_length: bool) -> Run:
     """Hugging Face's forward at full depth and the final head, in padded batches."""
 
-    return padded_by(
-        lambda ids, mask: full_depth(model, ids, mask), model.config.num_hidden_layers, by_length=by_length
-    )
+    return padded_by(partial(full_depth, model), model.config.num_hidden_layers, by_length=by_length)
 
 
-def padded_by(forward: Callable[[Tensor, Tensor], Tensor], num_layers: int, *, by_length: bool) -> Run:
-    """Any full-depth forward (input_ids, attention_mask, both ``[B, S]``) -> logits ``[B, C]``, in padded batches."""
+def padded_by(forward: PaddedForward, num_layers: int, *, by_length: bool) -> Run:
+    """Any full-depth forward, in padded batches."""
 
     @torch.inference_mode()
     def run(workload: Workload, batch_size: int) -> Answers:
-        return _in_batches(workload, batch_size, by_length, num_layers, lambda ids, mask: (forward(ids, mask), None))
+        return _in_batches(workload, batch_size, by_length, num_layers, lambda *inputs: (forward(*inputs), None))
 
     return run
 
 
-def full_depth(model: DeeBert, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def full_depth(model: DeeBert, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
     """Logits ``[B, C]`` of the final head, and of no other."""
-    hidden = model.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    hidden = model.backbone(**inputs).last_hidden_state
     return model.final(hidden, attention_mask, model.pooling)
 
 
@@ -100,14 +102,16 @@ def padded_exit(model: DeeBert, rule: ExitRule) -> Run:
 
     @torch.inference_mode()
     def run(workload: Workload, batch_size: int) -> Answers:
-        return _in_batches(workload, batch_size, True, 0, lambda ids, mask: _shrink_by_mask(model, rule, ids, mask))
+        return _in_batches(workload, batch_size, True, 0, lambda *inputs: _shrink_by_mask(model, rule, *inputs))
 
     return run
 
 
-def _shrink_by_mask(model: DeeBert, rule: ExitRule, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def _shrink_by_mask(
+    model: DeeBert, rule: ExitRule, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
     backbone: Any = model.backbone  # a Hugging Face encoder
-    hidden = backbone.embeddings(input_ids=input_ids)
+    hidden = backbone.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
     mask = create_bidirectional_mask(backbone.config, hidden, attention_mask)
     rows = torch.arange(len(input_ids))
     logits = torch.empty(len(rows), model.config.num_labels)
@@ -153,9 +157,8 @@ def ragged(fast: AcceleratedModel, executor: RaggedExecutor) -> Run:
     @torch.inference_mode()
     def run(workload: Workload, token_budget: int) -> Answers:
         rows = token_budget_batches(workload.lengths, token_budget)
-        records = [
-            executor.run(fast.encoder.pack_sequences([workload.sequences[row] for row in part])) for part in rows
-        ]
+        parts = (workload.select(part) for part in rows)
+        records = [executor.run(fast.encoder.pack_sequences(part.sequences, part.token_type_ids)) for part in parts]
         return _in_order(rows, [record.logits for record in records], [record.exit_layer for record in records])
 
     return run
@@ -191,7 +194,7 @@ def _in_batches(
     batch_size: int,
     by_length: bool,
     full_depth_layers: int,
-    answer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    answer: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
 ) -> Answers:
     order = list(range(len(workload)))
     if by_length:
@@ -199,18 +202,19 @@ def _in_batches(
         order.sort(key=lambda row: -lengths[row])
     rows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     logits, layers = [], []
-    for ids, mask in (_pad([workload.sequences[row] for row in part]) for part in rows):
-        answered, exit_layer = answer(ids, mask)
+    for part in rows:
+        answered, exit_layer = answer(*_pad(workload.select(part)))
         logits.append(answered.float())
-        layers.append(torch.full((len(ids),), full_depth_layers) if exit_layer is None else exit_layer)
+        layers.append(torch.full((len(part),), full_depth_layers) if exit_layer is None else exit_layer)
     return _in_order(rows, logits, layers)
 
 
-def _pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, int64 ``[B, S]``, padded on the right with 0."""
-    batch = RaggedBatch.from_sequences(sequences)
+def _pad(workload: Workload) -> tuple[Tensor, Tensor, Tensor | None]:
+    """input_ids, attention_mask and token_type_ids, int64 ``[B, S]``, padded on the right with 0."""
+    batch = RaggedBatch.from_sequences(workload.sequences, workload.token_type_ids)
     assert batch.input_ids is not None
-    return batch.unpack(batch.input_ids)
+    types = None if batch.token_type_ids is None else batch.unpack(batch.token_type_ids)[0]
+    return *batch.unpack(batch.input_ids), types
 
 
 def _in_order(rows: list[list[int]], logits: list[Tensor], layers: list[Tensor]) -> Answers:

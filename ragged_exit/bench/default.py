@@ -19,14 +19,14 @@ from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
 from ragged_exit.data import TextData, read_text_data, split_by_hash
-from ragged_exit.examples import Examples
+from ragged_exit.examples import Examples, tokenise
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import load
 from ragged_exit.rules import Entropy
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
-_REVISION = 2  # of how heads are fitted: part of every cached name
+_REVISION = 3  # of how heads are fitted: part of every cached name
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run_bench(
     model, valid, test = prepared.model, prepared.valid, prepared.test
     assert valid.labels is not None
     say("choosing the threshold on validation rows")
-    table = exit_table(accelerate(model), valid.sequences)
+    table = exit_table(accelerate(model), valid.sequences, valid.token_type_ids)
     curve = quality_curve(table, valid.labels)
     chosen = choose_threshold(table, valid.labels) if threshold is None else point_at(table, valid.labels, threshold)
     say(f"threshold {chosen.threshold:.4f}: validation accuracy {100 * chosen.quality:.2f} %")
@@ -96,9 +96,8 @@ def run_bench(
 
 
 def _tokenise(tokenizer, data: TextData) -> Workload:
-    limit = min(512, tokenizer.model_max_length)
-    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=limit)["input_ids"]
-    return Workload(encoded, torch.tensor(data.labels))
+    examples = tokenise(tokenizer, data, max_length=min(512, tokenizer.model_max_length))
+    return Workload(examples.sequences, torch.tensor(examples.labels), examples.token_type_ids)
 
 
 def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, seed: int, say: Say) -> DeeBert:
@@ -118,7 +117,8 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
     say(f"fitting heads on {len(train):,} rows, the backbone frozen")
     assert train.labels is not None and valid.labels is not None
     sets = [
-        Examples(part.sequences, labels.tolist()) for part, labels in ((train, train.labels), (valid, valid.labels))
+        Examples(part.sequences, labels.tolist(), part.token_type_ids)
+        for part, labels in ((train, train.labels), (valid, valid.labels))
     ]
     fit(model, *sets, freeze_backbone=True, seed=seed)
     model.save_pretrained(cached)

@@ -59,9 +59,10 @@ class Measured:
 def references(model: DeeBert, rule: ExitRule, workload: Workload) -> References:
     """Run the plain reference model one row at a time: every exit of every row, and which of them answers."""
     full, logits, layers, close = [], [], [], []
-    for sequence in workload.sequences:
+    for row, sequence in enumerate(workload.sequences):
         ids = torch.tensor([list(sequence)])
-        points = [replace(point, rule=rule) for point in model.exit_points(ids, torch.ones_like(ids), None)]
+        types = None if workload.token_type_ids is None else torch.tensor([list(workload.token_type_ids[row])])
+        points = [replace(point, rule=rule) for point in model.exit_points(ids, torch.ones_like(ids), types)]
         output: Any = answer(points)  # all its fields are set
         full.append(points[-1].output.logits)
         logits.append(output.logits)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel, BertTokenizerFast
 
-from ragged_exit.bench.contenders import ROW_BATCHES, Contender, padded_by
+from ragged_exit.bench.contenders import ROW_BATCHES, Contender, PaddedForward, padded_by
 from ragged_exit.models.deebert import DeeBert
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, S] -> logits [B, C]
@@ -36,9 +36,20 @@ def peers(model: DeeBert, dtype: torch.dtype, threads: int) -> tuple[list[Conten
         except NotSupported as error:
             missing[name] = str(error)
         else:
-            run = padded_by(forward, model.config.num_hidden_layers, by_length=True)
+            run = padded_by(_without_types(forward), model.config.num_hidden_layers, by_length=True)
             found.append(Contender(name, run, ROW_BATCHES, exits=False))
     return found, missing
+
+
+def _without_types(forward: Forward) -> PaddedForward:
+    """The exported graphs take no token types: a workload that has them is refused, not answered without."""
+
+    def run(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        if token_type_ids is not None:
+            raise ValueError("workload: expected no token types; the other runtimes' graphs take none")
+        return forward(input_ids, attention_mask)
+
+    return run
 
 
 class NotSupported(Exception):

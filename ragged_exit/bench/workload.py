@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class Workload:
-    """Token id sequences in arrival order and, where known, their labels (int64 ``[N]``)."""
+    """Token id sequences in arrival order, where known their labels (int64 ``[N]``), of pairs their token types."""
 
     sequences: Sequence[Sequence[int]]
     labels: Tensor | None = None
+    token_type_ids: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -28,7 +29,8 @@ class Workload:
         """These rows, in this order; row numbers past the end are left out."""
         rows = [row for row in rows if row < len(self)]
         labels = None if self.labels is None else self.labels[rows]
-        return Workload([self.sequences[row] for row in rows], labels)
+        types = None if self.token_type_ids is None else [self.token_type_ids[row] for row in rows]
+        return Workload([self.sequences[row] for row in rows], labels, types)
 
     def sample(self, count: int, seed: int) -> Workload:
         """``count`` rows (all, shuffled, if there are fewer), drawn by ``seed``."""

@@ -1,5 +1,6 @@
 """The benchmark refuses to praise wrong answers, and its figures follow from its timings."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -117,6 +118,26 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     other = right.exit_layer.clone()
     other[row] = 3 if other[row] != 3 else 2
     assert not verdict(Answers(right.logits, other))
+
+
+def test_token_types_reach_every_contender(model, rule):
+    """Where token types change the answers, one that drops them differs from the reference."""
+    rows = workload(40, 6)
+    pairs = replace(rows, token_type_ids=[[0] + [1] * (length - 1) for length in rows.lengths])
+    loud = copy.deepcopy(model)
+    torch.nn.init.normal_(loud.backbone.embeddings.token_type_embeddings.weight, std=3.0)
+    expected = measuring.references(loud, rule, pairs)
+
+    def verdicts(asked: Workload) -> dict[str, bool]:
+        found = {}
+        for contender in contenders(loud, rx.accelerate(loud, rule=rule), batch_size=8):
+            measured = measuring.Measured(contender, 8, contender.run(asked, contender.sizes[0]))
+            measuring.check(measured, pairs, expected, torch.float32)
+            found[contender.name] = measured.matches
+        return found
+
+    assert all(verdicts(pairs).values()), verdicts(pairs)
+    assert not any(verdicts(rows).values()), verdicts(rows)
 
 
 def test_json_and_picture(report, tmp_path):

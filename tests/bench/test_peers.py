@@ -48,6 +48,14 @@ def test_answers_are_the_models(name, model, monkeypatch):
     assert torch.equal(answers.exit_layer, wanted.exit_layer) and not peer.exits
 
 
+def test_token_types_are_refused(model, monkeypatch):
+    monkeypatch.setattr(peers_module, "BUILDERS", {"stub": lambda *_: lambda ids, mask: torch.zeros(len(ids), 3)})
+    ((peer,), _) = peers(model, torch.float32, threads=1)
+    assert len(peer.run(workload(), 8).logits) == 20
+    with pytest.raises(ValueError, match="no token types"):
+        peer.run(Workload([[5, 6]], token_type_ids=[[0, 1]]), 8)
+
+
 def test_what_is_not_installed_is_named(model, monkeypatch):
     real = builtins.__import__
 

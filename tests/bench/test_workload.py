@@ -34,6 +34,13 @@ def test_sample_is_a_seeded_permutation():
     assert len(set(first.labels.tolist())) == 20
 
 
+def test_token_types_stay_with_their_rows():
+    workload = Workload([[row, row] for row in range(50)], token_type_ids=[[0, row] for row in range(50)])
+    for chosen in (workload.select([7, 3, 60]), workload.sample(20, 1)):
+        assert chosen.token_type_ids == [[0, row] for row, _ in chosen.sequences]
+    assert Workload([[1], [2]]).select([1]).token_type_ids is None
+
+
 def test_synthetic_lengths_look_like_sst2():
     lengths = sst2_lengths(20_000, torch.Generator().manual_seed(0)).double()
     assert 23.5 < lengths.mean() < 24.5
