@@ -9,6 +9,7 @@ import pytest
 from cli_cases import save_encoder, save_reviews
 from typer.testing import CliRunner
 
+from ragged_exit.bench import default
 from ragged_exit.cli import app
 
 
@@ -54,6 +55,31 @@ def test_bench_on_own_model_and_data(encoder, reviews, tmp_path, monkeypatch):
     assert picture.stat().st_size > 10_000
     code, output = run(*options)  # the heads are cached now
     assert code == 0 and "heads from" in output and "fitting heads" not in output
+
+
+def test_bench_on_pairs_keeps_token_types(encoder, reviews, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAGGED_EXIT_CACHE", str(tmp_path / "cache"))
+    pairs = tmp_path / "pairs.csv"
+    header, *lines = reviews.read_text().splitlines()
+    pairs.write_text("\n".join([f"text2,{header}", *(f"the plot,{line}" for line in lines)]))
+    read = []
+
+    def spy_on(name, types_of):
+        real = getattr(default, name)
+
+        def spy(*arguments, **options):
+            read.extend(types_of(*arguments))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(default, name, spy)
+
+    spy_on("fit", lambda model, *parts: [part.token_type_ids for part in parts])
+    spy_on("exit_table", lambda model, sequences, types=None: [types])
+    report = tmp_path / "r.json"
+    code, output = run("--model", encoder, "--data", pairs, "--repeats", 1, "--json", report)
+    assert code == 0, output
+    assert len(read) == 3 and all(types[-3:] == [1, 1, 1] and types[0] == 0 for part in read for types in part)
+    assert all(contender["decisions_match"] for contender in json.loads(report.read_text())["contenders"])
 
 
 @pytest.mark.parametrize(
