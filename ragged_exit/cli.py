@@ -101,12 +101,13 @@ def fit(
     """Train an early-exit system on labelled text by its paper's recipe, and say how good each exit is."""
     import torch  # here, so that --help answers at once
 
+    from ragged_exit.calibration.exits import exit_qualities
     from ragged_exit.training.job import run_fit
 
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        exits = run_fit(
+        fitted = run_fit(
             system,
             model,
             data,
@@ -124,6 +125,7 @@ def fit(
             bf16=bf16,
             say=lambda line: console.print(line, style="dim", highlight=False),
         )
+        exits = exit_qualities(*fitted)
     except (ValueError, FileNotFoundError) as error:
         console.print(f"[red]error[/red] {error}", highlight=False)
         raise typer.Exit(2) from error
@@ -223,7 +225,8 @@ def inspect(
     max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
 ) -> None:
     """Say what a checkpoint is and, with data, at which exits the rows leave."""
-    from ragged_exit.calibration.job import exit_counts, read_examples
+    from ragged_exit.calibration.exits import exit_counts
+    from ragged_exit.calibration.job import read_examples
     from ragged_exit.models.loading import load
 
     try:

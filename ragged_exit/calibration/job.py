@@ -1,4 +1,4 @@
-"""The calibrate and inspect commands' work: a checkpoint and a file of text in; thresholds, exits and facts out."""
+"""The calibrate command's work: a checkpoint and a file of text in; a threshold with what it promises out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ragged_exit.calibration.guarantee import guaranteed_threshold
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.data import read_text_data
 from ragged_exit.examples import Examples, tokenise
-from ragged_exit.models.base import EarlyExitModel
 from ragged_exit.models.loading import load
 from ragged_exit.rules import ExitRule
 
@@ -66,16 +65,6 @@ def read_examples(directory: Path, data: Path, max_length: int) -> Examples:
     """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return tokenise(tokenizer, read_text_data(data, require_labels=False), max_length=max_length)
-
-
-def exit_counts(model: EarlyExitModel, examples: Examples) -> list[tuple[int, int, int, int]]:
-    """(member, layer, layers run, rows that leave there) of every exit, under the model's own rule."""
-    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
-    counts = table.under(model.rule).exit_index.bincount(minlength=len(table.exits)).tolist()
-    return [
-        (exit_.exit_member, exit_.exit_layer, exit_.executed_layers, count)
-        for exit_, count in zip(table.exits, counts, strict=True)
-    ]
 
 
 def _save_rule(directory: Path, rule: ExitRule) -> None:

@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, set_seed
 
-from ragged_exit.accelerate import accelerate
-from ragged_exit.calibration.exit_table import exit_table
-from ragged_exit.calibration.metrics import accuracy, calibration_error, pearson, spearman
 from ragged_exit.data import read_text_data, split_by_hash
 from ragged_exit.examples import Examples, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
@@ -27,13 +24,11 @@ VALID_SHARE = 0.15
 RUN_FOLDER = "unfinished"
 
 
-class ExitQuality(NamedTuple):
-    """One exit on validation rows: what it costs and how good its answers are."""
+class Fitted(NamedTuple):
+    """What ``run_fit`` trained, and the validation rows that it left out."""
 
-    member: int
-    layer: int
-    executed_layers: int
-    metrics: dict[str, float]
+    model: EarlyExitModel
+    valid: Examples
 
 
 def run_fit(
@@ -50,8 +45,8 @@ def run_fit(
     seed: int = 42,
     say: Callable[[str], Any],
     **options: Any,
-) -> list[ExitQuality]:
-    """Train ``system`` on the encoder ``source`` and save it, with its tokenizer, in ``out``; report every exit.
+) -> Fitted:
+    """Train ``system`` on the encoder ``source`` and save it, with its tokenizer, in ``out``.
 
     source: a Hugging Face directory or id; for a cascade its largest member, with the smaller ones in ``members``.
     data: labelled csv, tsv, jsonl or parquet; floats are a regression's targets. valid_data: the same, or None: 15 % of
@@ -86,22 +81,7 @@ def run_fit(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     shutil.rmtree(run)
-    return exit_qualities(model, valid)
-
-
-def exit_qualities(model: EarlyExitModel, examples: Examples) -> list[ExitQuality]:
-    """Every exit's answers to all of ``examples``: accuracy and ECE, or Pearson's and Spearman's correlation."""
-    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
-    labels = examples.label_tensor(model.config.num_labels)
-    found = []
-    for exit_, logits in zip(table.exits, table.logits, strict=True):
-        if model.config.num_labels == 1:
-            values = logits[:, 0]
-            metrics = {"pearson": pearson(values, labels), "spearman": spearman(values, labels)}
-        else:
-            metrics = {"accuracy": accuracy(logits, labels), "ece": calibration_error(logits, labels)}
-        found.append(ExitQuality(exit_.exit_member, exit_.exit_layer, exit_.executed_layers, metrics))
-    return found
+    return Fitted(model, valid)
 
 
 def _build(system: str, source: str, members: Sequence[str], num_labels: int, pooling: str) -> EarlyExitModel:
