@@ -1,16 +1,12 @@
 """The quality study on models of a few weights: tasks are read, thresholds come from validation, figures follow."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from recipe_cases import task, tiny
 from rich.console import Console
 from tiny import one_thread  # noqa: F401  (autouse)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from recipe_cases import task, tiny
 
 import ragged_exit as rx
 from ragged_exit.bench.quality import points as points_module
