@@ -20,6 +20,7 @@ from ragged_exit.linears import PackedLinear
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.reference.exit import exit_decide
+from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import token_budget_batches
 
@@ -152,13 +153,16 @@ def _decide(logits: Tensor, rule: ExitRule, exit_index: int, final: bool) -> Exi
 
 
 def ragged(fast: AcceleratedModel, executor: RaggedExecutor) -> Run:
-    """Ours: packed batches of a token budget, longest first."""
+    """Ours, as ``stream`` runs: packed batches of a token budget, longest first, through survivor pools."""
 
     @torch.inference_mode()
     def run(workload: Workload, token_budget: int) -> Answers:
         rows = token_budget_batches(workload.lengths, token_budget)
-        parts = (workload.select(part) for part in rows)
-        records = [executor.run(fast.encoder.pack_sequences(part.sequences, part.token_type_ids)) for part in parts]
+        pools = SurvivorPools(executor, token_budget, max_wait=len(rows))
+        finished = []
+        for part in (workload.select(part) for part in rows):
+            finished += pools.put(fast.encoder.pack_sequences(part.sequences, part.token_type_ids))
+        records = [item.record for item in sorted(finished + pools.flush(), key=lambda item: item.number)]
         return _in_order(rows, [record.logits for record in records], [record.exit_layer for record in records])
 
     return run
