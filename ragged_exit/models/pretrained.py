@@ -24,16 +24,23 @@ class Found(NamedTuple):
 def read_backbone(source: str | Path | nn.Module) -> Found:
     """Take apart a directory, an id, or a loaded Hugging Face model, which is copied and stays as it is.
 
+    A linear that the checkpoint does not hold, and that transformers therefore drew at random, counts as not there.
+
     Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
     and classifier (DistilBERT).
     """
+    drawn: set[str] = set()
     if isinstance(source, nn.Module):
         whole = copy.deepcopy(source).float()
     else:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
         fine_tuned = architectures[0].endswith("ForSequenceClassification")
         factory = AutoModelForSequenceClassification if fine_tuned else AutoModel
-        whole = factory.from_pretrained(source, dtype=torch.float32)  # whatever the file holds: the heads are fp32
+        whole, loaded = factory.from_pretrained(  # whatever dtype the file holds: the heads are fp32
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        drawn = set(loaded["missing_keys"])
+    names = {id(module): name for name, module in whole.named_modules()}
     backbone = getattr(whole, "base_model", whole)
     classifier = getattr(whole, "classifier", None)
     pooler: Any = getattr(backbone, "pooler", None)
@@ -44,6 +51,9 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
         pooler, classifier = classifier.dense, classifier.out_proj
     if hasattr(backbone, "pooler"):
         backbone.pooler = None
+    pooler, classifier = (
+        None if linear is None or f"{names[id(linear)]}.weight" in drawn else linear for linear in (pooler, classifier)
+    )
     return Found(backbone, pooler, classifier)
 
 

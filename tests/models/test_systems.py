@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from system_cases import CASES, Case, batch_of, config_of, randomised
 from tiny import random_rows
 from transformers import (
     AlbertForSequenceClassification,
+    AutoModel,
     BertForSequenceClassification,
     BertModel,
     DistilBertForSequenceClassification,
@@ -151,6 +153,30 @@ def test_from_backbone_takes_a_plain_encoder(system: Any) -> None:
     model = system.from_backbone(backbone, num_labels=2)
     ids, mask = batch_of(random_rows(3), "bert")
     assert model(ids, mask).logits.shape == (3, 2) and not model.training
+
+
+@pytest.mark.parametrize("kind", ["albert", "bert", "roberta"])  # the others' encoders have none to begin with
+def test_heads_start_from_the_checkpoints_pooler_or_from_one_each(kind: str, tmp_path: Path) -> None:
+    """Where the file holds none, transformers draws one at random; no two heads may share that."""
+    theirs = randomised(AutoModel.from_config(config_of(kind)))
+    pooler = getattr(theirs.pooler, "dense", theirs.pooler).weight.clone()
+    theirs.save_pretrained(tmp_path / "with")
+    theirs.pooler = None
+    theirs.save_pretrained(tmp_path / "without")
+    for folder, all_alike in (("with", True), ("without", False)):
+        model = rx.DeeBert.from_backbone(tmp_path / folder)
+        heads = [head.pooler.weight for head in (*model.highways, model.final)]
+        assert all(torch.equal(head, pooler) == all_alike for head in heads)
+        assert all(torch.equal(one, other) == all_alike for one, other in combinations(heads, 2))
+
+
+def test_a_classifier_that_the_file_does_not_hold_is_fresh(tmp_path: Path) -> None:
+    theirs = randomised(BertForSequenceClassification(config_of("bert")))
+    weights = {name: value for name, value in theirs.state_dict().items() if not name.startswith("classifier.")}
+    theirs.save_pretrained(tmp_path, state_dict=weights)
+    model = rx.DeeBert.from_backbone(tmp_path, num_labels=5)  # the config says 3
+    assert model.final.classifier.out_features == 5
+    assert torch.equal(model.highways[0].pooler.weight, theirs.bert.pooler.dense.weight)
 
 
 @pytest.mark.parametrize("take", [lambda model: rx.DeeBert.from_backbone(model, num_labels=2),
