@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from system_cases import CASES, Reference
+from system_cases import CASES, Reference, config_of, randomised
 from tiny import impls, one_thread, random_rows, tiny_deebert  # noqa: F401  (one_thread: autouse)
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.executor import RaggedExecutor, Stage
 from ragged_exit.heads import HeadOutput
 from ragged_exit.pools import Finished, SurvivorPools
+from ragged_exit.testing import quiet_threshold
 
 LAYERS = 12
 
@@ -143,6 +144,39 @@ def test_merging_changes_no_answer_of_any_system(case, impl):
     assert [result.exit_member for result in results] == record.exit_member.tolist()
     assert [result.executed_layers for result in results] == record.executed_layers.tolist()
     torch.testing.assert_close(torch.stack([result.logits for result in results]), record.logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_rows_that_wait_for_a_restart_start_again_together(impl, monkeypatch):
+    """A cascade's next member begins with the token ids and types of rows of many batches."""
+    small = config_of("bert", hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
+    members = [randomised(rx.FullDepth(config)) for config in (small, config_of("bert"))]
+    model = rx.CascadeBert.from_members(members, rx.MaxProb(0.0))
+    rows = random_rows(80, 5, longest=12)
+    pairs = [
+        (part, [[0] + [1] * (len(row) - 1) for row in part]) for part in (rows[at : at + 8] for at in range(0, 80, 8))
+    ]
+    first = rx.accelerate(model, impl=impl)
+    sure = torch.cat([first.executor.run(first.pack_sequences(*pair)).score for pair in pairs])  # of the first member
+    fast = rx.accelerate(model, threshold=quiet_threshold(sure.double(), 0.5), impl=impl)
+    second = fast.encoders[1]
+    restarts: list[RaggedBatch] = []
+    embed = second.embed
+    monkeypatch.setattr(second, "embed", lambda batch: restarts.append(batch) or embed(batch))
+
+    alone = [fast.executor.run(fast.pack_sequences(*pair)) for pair in pairs]
+    apart = [batch.rows for batch in restarts]
+    restarts.clear()
+    pools = SurvivorPools(fast.executor, 128)
+    finished = [done for pair in pairs for done in pools.put(fast.pack_sequences(*pair))] + pools.flush()
+
+    assert {member for record in alone for member in record.exit_member.tolist()} == {1, 2}
+    assert sorted(done.number for done in finished) == list(range(len(pairs)))
+    for number, record in finished:
+        assert torch.equal(record.exit_member, alone[number].exit_member)
+        torch.testing.assert_close(record.logits, alone[number].logits, atol=2e-5, rtol=0)
+    assert sum(batch.rows for batch in restarts) == sum(apart)
+    assert len(restarts) <= len(apart) / 2 and all(batch.tokens <= 128 for batch in restarts)
 
 
 def test_merging_changes_no_bit_on_the_native_path():
