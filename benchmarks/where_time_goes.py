@@ -1,0 +1,94 @@
+"""What each operation costs in the accelerated forward: shares of the wall-clock time, on fresh batches.
+
+python benchmarks/where_time_goes.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp32|bf16]
+                                     [--full] [--rows N] [--threads N] [--json F]
+
+Random weights, the same number of rows leaves at every layer (`--full`: nobody leaves early). Profiling slows the
+forward a little, so shares are of the profiled run. `linears` has the rate that they reached and their share of the
+rate that the same linears reach alone, back to back, without activation (as roofline_fraction counts).
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.contenders import full_depth_stage, ragged
+from ragged_exit.bench.environment import environment
+from ragged_exit.bench.roofline import linear_seconds
+from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform_exits
+from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.cli import DType
+from ragged_exit.executor import RaggedExecutor
+
+SEED = 20
+WARM_UP = 2  # workloads, so that most kernels of this batch size are built
+OPS = {
+    "linears": "mkldnn::_linear_pointwise",
+    "attention": "ragged_exit::varlen_attention",
+    "layer norm": "ragged_exit::add_layer_norm",
+    "embeddings": "ragged_exit::embed_layer_norm",
+    "exit step": "ragged_exit::exit_step",
+    "compact": "ragged_exit::compact",
+}
+
+
+def main(
+    profile_name: Annotated[str, typer.Option("--profile", help="sst2 | mrpc | long | uniform")] = "sst2",
+    shape: Annotated[str, typer.Option(help="base | small")] = "base",
+    dtype: DType = DType.fp32,
+    full: Annotated[bool, typer.Option("--full", help="exits off")] = False,
+    rows: int = 512,
+    token_budget: int = 4096,
+    threads: int = 2,
+    json: Path | None = None,
+) -> None:
+    torch.set_num_threads(threads)
+    precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
+    model = random_deebert(shape, SEED)
+    table = exit_table(accelerate(model), random_workload(256, SEED, profile_name).sequences)
+    fast = accelerate(model, rule=uniform_exits(table), dtype=precision)
+    executor = RaggedExecutor([full_depth_stage(fast)], impl=fast.impl) if full else fast.executor
+    run = ragged(fast, executor)
+    for number in range(WARM_UP):
+        run(random_workload(rows, number, profile_name), token_budget)
+    workload = random_workload(rows, WARM_UP, profile_name)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        answers = run(workload, token_budget)
+        wall = time.perf_counter() - start
+    spent = {event.key: event for event in profiler.key_averages()}
+    seconds = {
+        name: sum(event.cpu_time_total for key, event in spent.items() if key.split(".")[0] == op) / 1e6
+        for name, op in OPS.items()
+    }
+    seconds["everything else"] = wall - sum(seconds.values())
+    alone = linear_seconds(model.config, workload.lengths, answers.exit_layer, precision)
+    _print(f"BERT {shape}, {profile_name}, {dtype.value}, {'full depth' if full else 'exits'}", seconds, wall, alone)
+    if json is not None:
+        found = {"seconds": seconds, "wall": wall, "linears_alone": alone, "token_budget": token_budget, "rows": rows}
+        json.write_text(jsonlib.dumps({"environment": environment(), **found}, indent=1) + "\n")
+
+
+def _print(title: str, seconds: dict[str, float], wall: float, alone: float) -> None:
+    table = Table("operation", "seconds", "share", title=title)
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.3f}", f"{100 * value / wall:.1f} %")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"linears reach {100 * alone / seconds['linears']:.0f} % of their rate alone; roofline {alone / wall:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
