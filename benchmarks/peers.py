@@ -3,8 +3,9 @@
 python benchmarks/peers.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp32|bf16]
                            [--exits uniform|first|none] [--rows N] [--threads N] [--no-peers] [--json F] [--plot F]
 
-`uniform` exits: the same number of rows leaves at every layer. The peers run the full-depth model, sorted by length.
-Those that are not installed (onnxruntime, openvino, ctranslate2) are named under the table.
+Heads are fitted to tell two topics of random words apart. `uniform` exits: the same number of rows leaves at every
+layer. The peers run the full-depth model, sorted by length; those that are not installed (onnxruntime, openvino,
+ctranslate2) are named under the table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.console import Console
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.compare import compare
 from ragged_exit.bench.peers import peers
-from ragged_exit.bench.synthetic import PROFILES, SHAPES, random_deebert, random_workload, uniform_exits
+from ragged_exit.bench.synthetic import PROFILES, SHAPES, fit_heads, random_deebert, random_workload, uniform_exits
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.cli import DType
 from ragged_exit.rules import Entropy, ExitRule
@@ -58,13 +59,14 @@ def main(
     rows = rows or ROWS[profile]
     precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
     model = random_deebert(shape, SEED)
+    fit_heads(model, SEED + 100, profile)
 
     def say(line: str) -> None:
         console.print(line, style="dim")
 
     found, missing = peers(model, precision, threads) if others else ([], {})
     report = compare(
-        f"BERT {shape}, random weights, {profile} lengths, exits: {exits}",
+        f"BERT {shape}, random encoder, {profile} lengths, exits: {exits}",
         model,
         _rule(exits, model, random_workload(rows, SEED, profile)),
         random_workload(min(rows, 256), SEED + 1, profile),

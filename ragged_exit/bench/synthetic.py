@@ -1,4 +1,4 @@
-"""Workloads made from a seed: lengths by profile, random weights of a known shape, exits spread as asked."""
+"""Workloads made from a seed: lengths by profile, random weights of a known shape, heads that tell two topics apart."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from transformers import BertConfig
 
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import ExitTable
+from ragged_exit.examples import Examples
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.rules import Entropy
+from ragged_exit.training.fit import fit
 
 SHAPES = {
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12},
     "small": {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 12},
 }
 VOCABULARY = 30_522
+CLS = 101
+FIRST_WORD, TOPIC_WORDS = 1_000, 32
+HEAD_ROWS = (1_000, 256)  # that heads are fitted on: for training, for validation
 
 
 def sst2_lengths(count: int, generator: torch.Generator) -> Tensor:
@@ -43,11 +48,22 @@ PROFILES = {"sst2": sst2_lengths, "mrpc": mrpc_lengths, "long": long_lengths, "u
 
 
 def random_workload(count: int, seed: int, profile: str = "sst2") -> Workload:
-    """``count`` sequences of random tokens with the lengths of ``profile``."""
+    """``count`` sequences with the lengths of ``profile``, of random tokens and of one of two topics, the label.
+
+    40 to 100 % of a sequence's tokens are words of its topic: some rows are easier than others, none is hopeless, so
+    that answers survive bfloat16.
+    """
     generator = torch.Generator().manual_seed(seed)
-    lengths = PROFILES[profile](count, generator).tolist()
-    tokens = torch.randint(1000, VOCABULARY, (sum(lengths),), generator=generator)
-    return Workload([part.tolist() for part in tokens.split(lengths)])
+    lengths = PROFILES[profile](count, generator)
+    labels = torch.randint(2, (count,), generator=generator)
+    purity = 0.4 + 0.6 * torch.rand(count, generator=generator)
+    total = int(lengths.sum())
+    tokens = torch.randint(FIRST_WORD + 2 * TOPIC_WORDS, VOCABULARY, (total,), generator=generator)
+    words = FIRST_WORD + torch.randint(TOPIC_WORDS, (total,), generator=generator)
+    of_topic = torch.rand(total, generator=generator) < purity.repeat_interleave(lengths)
+    tokens = torch.where(of_topic, words + TOPIC_WORDS * labels.repeat_interleave(lengths), tokens)
+    tokens[lengths.cumsum(0) - lengths] = CLS
+    return Workload([part.tolist() for part in tokens.split(lengths.tolist())], labels)
 
 
 def random_deebert(shape: str, seed: int, *, num_labels: int = 2) -> DeeBert:
@@ -58,6 +74,13 @@ def random_deebert(shape: str, seed: int, *, num_labels: int = 2) -> DeeBert:
         nn.init.normal_(head.pooler.weight, std=2 / model.config.hidden_size**0.5)
         nn.init.normal_(head.classifier.weight, std=4 / model.config.hidden_size**0.5)
     return model
+
+
+def fit_heads(model: DeeBert, seed: int, profile: str) -> None:
+    """Fit the heads of a random encoder to the topics, by DeeBERT's recipe with a frozen backbone."""
+    parts = [random_workload(rows, seed + number, profile) for number, rows in enumerate(HEAD_ROWS)]
+    train, valid = (Examples(part.sequences, part.labels.tolist()) for part in parts)
+    fit(model, train, valid, freeze_backbone=True, seed=seed)
 
 
 def uniform_exits(table: ExitTable) -> Entropy:

@@ -3,7 +3,7 @@
 import torch
 from transformers import BertConfig
 
-from ragged_exit.bench.synthetic import random_workload, sst2_lengths
+from ragged_exit.bench.synthetic import CLS, FIRST_WORD, TOPIC_WORDS, random_workload, sst2_lengths
 from ragged_exit.bench.workload import Workload, work
 
 CONFIG = BertConfig(hidden_size=8, intermediate_size=16, num_labels=3, num_attention_heads=2)
@@ -48,3 +48,14 @@ def test_synthetic_lengths_look_like_sst2():
     assert lengths.min() >= 4 and lengths.max() <= 66
     workload = random_workload(10, 3)
     assert workload.sequences == random_workload(10, 3).sequences
+
+
+def test_a_row_has_words_of_its_topic_and_of_no_other():
+    workload = random_workload(300, 5)
+    assert 100 < int(workload.labels.sum()) < 200
+    shares = []
+    for sequence, label in zip(workload.sequences, workload.labels.tolist(), strict=True):
+        topics = [(token - FIRST_WORD) // TOPIC_WORDS for token in sequence[1:]]
+        assert sequence[0] == CLS and topics.count(1 - label) == 0
+        shares.append(topics.count(label) / len(topics))
+    assert 0.65 < sum(shares) / len(shares) < 0.75  # 40 to 100 %
