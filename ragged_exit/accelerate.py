@@ -129,7 +129,7 @@ class AcceleratedModel(nn.Module):
     ) -> ExitOutput:
         """Padded ``[B, S]`` in, any 0/1 mask; as the source model called in eval mode."""
         inputs = self._source[0].prepare(input_ids, attention_mask, token_type_ids)
-        record = self.executor.run(self._checked(self.encoder.pack(*inputs)))
+        record = self.executor.run(self.encoder.pack(*inputs, also=self.encoders[1:]))
         answers = {name: value.to(input_ids.device) for name, value in record._asdict().items()}
         loss = None if labels is None else self._source[0].task_loss(answers["logits"], labels)
         return ExitOutput(loss=loss, **answers)  # the loss first, as Hugging Face models return it
@@ -178,10 +178,4 @@ class AcceleratedModel(nn.Module):
         """What the executor runs, from lists of ids and token types without padding; raises ValueError for bad ones."""
         if token_type_ids is not None:
             token_type_ids = [self._source[0].prepare_types(types) for types in token_type_ids]
-        return self._checked(self.encoder.pack_sequences(sequences, token_type_ids))
-
-    def _checked(self, batch: RaggedBatch) -> RaggedBatch:
-        """The first encoder has checked its own tables; a cascade's later members look into theirs much later."""
-        for encoder in self.encoders[1:]:
-            encoder.check(batch)
-        return batch
+        return self.encoder.pack_sequences(sequences, token_type_ids, also=self.encoders[1:])

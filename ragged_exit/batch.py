@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ragged_exit.transfer import to_device
 
 SMALLEST_BUCKET = 32
 MOST_TOKENS = 2**31 - 1  # cu_seqlens is int32
@@ -35,9 +38,10 @@ class RaggedBatch:
     hidden: ``[Tcap, H]``, None before the embeddings. input_ids, token_type_ids, position_ids: int64 ``[T]``, None once
     no later stage needs them. cu_seqlens: int32 ``[Bcap + 1]``, row b owns tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
     live: int32 ``[2]``, the rows and tokens that count: tokens past ``live`` are ignored, rows past it have length 0.
-    seqlens: int32 ``[B]`` on the host, the truth at entry and while ``live_on_host``; a batch that was compacted
-    elsewhere keeps those it came from, whose longest bounds its own. sample_ids: int64 ``[Bcap]``, the place of
-    each row in the caller's batch. state: name -> ``[Bcap, ...]``, what rules and heads remember of a row.
+    seqlens: int32 ``[B]`` on the host, the truth at entry and while ``live_on_host``; elsewhere ``compact`` leaves
+    those that it found, whose longest bounds the survivors', for whoever learns the truth later. sample_ids: int64
+    ``[Bcap]``, the place of each row in the caller's batch. state: name -> ``[Bcap, ...]``, what rules and heads
+    remember of a row.
     """
 
     cu_seqlens: Tensor
@@ -100,7 +104,8 @@ class RaggedBatch:
         torch.cumsum(seqlens, 0, dtype=torch.int32, out=cu_seqlens[1:])
         live = seqlens.new_tensor([len(seqlens), tokens])
         fields.setdefault("sample_ids", torch.arange(len(seqlens), device=device))
-        return cls(cu_seqlens=cu_seqlens.to(device), live=live.to(device), seqlens=seqlens, **fields)  # type: ignore[arg-type]
+        cu_seqlens, live = to_device(cu_seqlens, device), to_device(live, device)
+        return cls(cu_seqlens=cu_seqlens, live=live, seqlens=seqlens, **fields)  # type: ignore[arg-type]
 
     @classmethod
     def pack(
@@ -170,21 +175,39 @@ class RaggedBatch:
         if 0 in lengths:
             raise ValueError(f"sequences: sequence {lengths.index(0)} has no tokens; expected at least one")
         seqlens = torch.tensor(lengths, dtype=torch.int32, device="cpu")
-        batch = cls.from_seqlens(seqlens, device)
-        batch.input_ids = _flatten("sequences", sequences).to(device)
+        batch = cls.from_seqlens(seqlens)
+        batch.input_ids = _flatten("sequences", sequences)
         starts = (seqlens.cumsum(0) - seqlens).repeat_interleave(seqlens)
         positions = torch.arange(int(seqlens.sum()), device="cpu") - starts
         if padding_idx is not None:
-            counted = batch.input_ids.cpu() != padding_idx
+            counted = batch.input_ids != padding_idx
             before = counted.cumsum(0)
             row_start = (before - counted.long())[starts]  # counted tokens before the row's first
             positions = (before - row_start) * counted + padding_idx
-        batch.position_ids = positions.to(device)
+        batch.position_ids = positions
         if token_type_ids is not None:
             if [len(types) for types in token_type_ids] != lengths:
                 raise ValueError("token_type_ids: expected the lengths of sequences, got others")
-            batch.token_type_ids = _flatten("token_type_ids", token_type_ids).to(device)
-        return batch
+            batch.token_type_ids = _flatten("token_type_ids", token_type_ids)
+        return batch.to(device)
+
+    def to(self, device: torch.device | str) -> RaggedBatch:
+        """The same rows on ``device``; from the host without waiting for what the device has still to do."""
+
+        if self.device == torch.device(device):
+            return self
+        given = {name: getattr(self, name) for name in TOKEN_FIELDS}
+        tokens: dict[str, Any] = {
+            name: None if value is None else to_device(value, device) for name, value in given.items()
+        }
+        return replace(
+            self,
+            cu_seqlens=to_device(self.cu_seqlens, device),
+            live=to_device(self.live, device),
+            sample_ids=to_device(self.sample_ids, device),
+            state={name: to_device(value, device) for name, value in self.state.items()},
+            **tokens,
+        )
 
     def unpack(self, values: Tensor | None = None, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """(packed ``values`` ``[T, ...]``, default ``hidden``, padded to ``[B, S, ...]``; mask int64 ``[B, S]``)."""
@@ -198,16 +221,15 @@ class RaggedBatch:
         return padded, mask.long()
 
     def part(self, start: int, stop: int) -> RaggedBatch:
-        """The rows ``start:stop`` as a batch of views, without any capacity to spare. Reads lengths on the host."""
-        cu_seqlens = self.cu_seqlens[start : stop + 1]
-        first, last = cu_seqlens[0], cu_seqlens[-1]
-        seqlens = cu_seqlens.diff().cpu()
-        tokens = slice(int(first), int(last))
+        """The rows ``start:stop`` as a batch of views, without any capacity to spare. ``seqlens`` must be the truth."""
+        seqlens = self.seqlens[start:stop]
+        first, length = int(self.seqlens[:start].sum()), int(seqlens.sum())
+        tokens = slice(first, first + length)
         values = {name: getattr(self, name) for name in TOKEN_FIELDS}
         return replace(
             self,
-            cu_seqlens=cu_seqlens - first,
-            live=torch.stack([first.new_tensor(stop - start), last - first]),
+            cu_seqlens=self.cu_seqlens[start : stop + 1] - first,
+            live=to_device(seqlens.new_tensor([stop - start, length]), self.device),
             seqlens=seqlens,
             sample_ids=self.sample_ids[start:stop],
             state={name: value[start:stop] for name, value in self.state.items()},

@@ -70,25 +70,33 @@ class PackedEncoder:
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        also: Sequence[PackedEncoder] = (),
     ) -> RaggedBatch:
-        """``RaggedBatch.pack`` with this backbone's positions, after checking ids against its tables.
+        """``RaggedBatch.pack`` with this backbone's positions, after checking ids against its tables and ``also``'s.
 
         Raises ValueError naming the argument: ids, positions or token types outside their tables.
         """
         check_ids("input_ids", input_ids)
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        moved = {name: None if value is None else value.to(self.device) for name, value in given.items()}
-        batch = RaggedBatch.pack(input_ids.to(self.device), **moved, padding_idx=self.padding_idx)
-        self.check(batch, "sequence length" if position_ids is None else "position_ids")
-        return batch
+        beside = {name: None if value is None else value.to(input_ids.device) for name, value in given.items()}
+        batch = RaggedBatch.pack(input_ids, **beside, padding_idx=self.padding_idx)
+        for encoder in (self, *also):
+            encoder.check(batch, "sequence length" if position_ids is None else "position_ids")
+        return batch.to(self.device)  # packed and checked where the ids are: on the host nobody waits for a device
 
     def pack_sequences(
-        self, sequences: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        also: Sequence[PackedEncoder] = (),
     ) -> RaggedBatch:
         """``RaggedBatch.from_sequences`` with this backbone's positions and checks."""
-        batch = RaggedBatch.from_sequences(sequences, token_type_ids, padding_idx=self.padding_idx, device=self.device)
-        self.check(batch)
-        return batch
+        batch = RaggedBatch.from_sequences(sequences, token_type_ids, padding_idx=self.padding_idx)
+        for encoder in (self, *also):
+            encoder.check(batch)
+        return batch.to(self.device)
 
     def check_sequence(self, input_ids: Sequence[int], token_type_ids: Sequence[int] | None = None) -> None:
         """Raise ValueError/TypeError unless this one sequence can be packed: ids, length and token types in range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from ragged_exit.encoder import PackedEncoder
 from ragged_exit.heads import MlpHead, TokenHead
 from ragged_exit.ops import ExitDecision, compact, exit_decide, exit_step
 from ragged_exit.rules import ExitRule
+from ragged_exit.transfer import ToHost, to_device
+
+COHORT_TOKENS = 8192  # two cohorts of fewer tokens would keep the host busier than the device
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Stage:
 
 
 class ExitRecord(NamedTuple):
-    """What became of every row, in the caller's order.
+    """What became of every row, in the caller's order, in host memory.
 
     logits: f32 ``[N, C]``; score: f32 ``[N]``, at the exit that answered; exit_layer, exit_member, executed_layers:
     int64 ``[N]``.
@@ -53,7 +57,7 @@ class ExitRecord(NamedTuple):
 
 
 class Departure(NamedTuple):
-    """The rows that left at a stage: their places int64 ``[n]``, logits f32 ``[n, C]`` and scores f32 ``[n]``."""
+    """The rows that left at a stage: their places int64 ``[n]``, logits f32 ``[n, C]`` and scores f32 ``[n]``; host."""
 
     stage: Stage
     sample_ids: Tensor
@@ -61,24 +65,17 @@ class Departure(NamedTuple):
     score: Tensor
 
 
-class Asked(NamedTuple):
-    """A stage's decision on the rows ``sample_ids`` int64 ``[Bcap]``."""
+class Launched(NamedTuple):
+    """Stage ``number``, queued on ``batch``: its decision, and what the host must know of it, on the way there.
 
-    stage: Stage
-    sample_ids: Tensor
-    decision: ExitDecision
+    thresholds: those that a rule which learns gave the rows as the stage began, else None.
+    """
 
-    def departure(self) -> Departure:
-        """Who leaves. The host waits for the decision."""
-        left = self.decision.exits.nonzero()[:, 0]
-        return Departure(self.stage, self.sample_ids[left], self.decision.logits[left], self.decision.score[left])
-
-
-class Waiting(NamedTuple):
-    """A batch before a stage, and how many of its rows live (its capacity may be larger)."""
-
+    number: int
     batch: RaggedBatch
-    rows: int
+    decision: ExitDecision
+    answers: ToHost  # sample_ids, logits, score, live, exits: of the live rows
+    thresholds: Tensor | None
 
 
 class RaggedExecutor:
@@ -101,31 +98,36 @@ class RaggedExecutor:
 
         on_decision sees each stage's decision as it is made (calibration's view).
         """
-        rows = batch.rows
-        asked: list[Asked] = []
+        cohorts = [batch] if on_decision is not None else self._cohorts(batch)
+        flight = deque(self.launch(0, cohort, on_decision) for cohort in cohorts)
+        departures: list[Departure] = []
         lessons: list[Lesson] = []
-        waiting: Waiting | None = Waiting(batch, rows)
-        for number in range(len(self.stages)):
-            if waiting is None:
-                break
-            answer, waiting = self.step(number, waiting, lessons, on_decision)
-            asked.append(answer)
-        return conclude(rows, [answer.departure() for answer in asked], lessons)
+        while flight:
+            launched = flight.popleft()
+            departure, survivors = self.settle(launched, lessons)
+            departures.append(departure)
+            if survivors is not None:
+                flight.append(self.launch(launched.number + 1, survivors, on_decision))
+        return conclude(batch.rows, departures, lessons)
 
-    def step(
-        self,
-        number: int,
-        waiting: Waiting,
-        lessons: list[Lesson],
-        on_decision: Callable[[ExitDecision], None] | None = None,
-    ) -> tuple[Asked, Waiting | None]:
-        """Run stage ``number`` on the rows that wait before it: its decision, and who waits before the next (or None).
+    def _cohorts(self, batch: RaggedBatch) -> list[RaggedBatch]:
+        """The batch, or where the host waits for a device its two halves, so that one runs while the other is read.
 
-        lessons: of the rows' rules so far; a rule that starts here and learns adds one.
+        Not for rules that choose thresholds: they see the batch as it came.
         """
-        stage, (batch, rows) = self.stages[number], waiting
+        chooses = any(type(stage.rule).start is not ExitRule.start for stage in self.stages)
+        if batch.live_on_host or chooses or batch.rows == 1 or batch.tokens < 2 * COHORT_TOKENS:
+            return [batch]
+        half = min(batch.rows - 1, 1 + int(torch.searchsorted(batch.seqlens.cumsum(0), batch.tokens // 2)))  # rows
+        return [batch.part(0, half), batch.part(half, batch.rows)]
+
+    def launch(
+        self, number: int, batch: RaggedBatch, on_decision: Callable[[ExitDecision], None] | None = None
+    ) -> Launched:
+        """Queue stage ``number`` on the rows that wait before it. Nothing is read from the device."""
+        stage, thresholds = self.stages[number], None
         if number == 0 or stage.rule is not self.stages[number - 1].rule:
-            batch = _adopt(stage.rule, batch, rows, lessons, keep_thresholds=number == 0)
+            batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0)
         if stage.restart:
             batch = stage.encoder.embed(batch)
         if not self._keeps_ids[number]:
@@ -133,20 +135,35 @@ class RaggedExecutor:
         for layer in stage.layers:
             batch = stage.encoder.layer(layer, batch)
         batch, decision = self._ask(stage, batch, number == len(self.stages) - 1)
-        for lesson in lessons:
-            if lesson.rule is stage.rule:
-                lesson.note(stage.exit_index, batch.sample_ids[:rows], decision.score[:rows])
         if on_decision is not None:
             on_decision(decision)
-        asked = Asked(stage, batch.sample_ids, decision)
-        survivors, tokens = decision.live.tolist()  # on a GPU the one wait of a stage
+        of_rows = (batch.sample_ids, decision.logits, decision.score)
+        answers = ToHost([*(value[: batch.rows] for value in of_rows), decision.live, decision.exits[: batch.rows]])
+        return Launched(number, batch, decision, answers, thresholds)
+
+    def settle(self, launched: Launched, lessons: list[Lesson]) -> tuple[Departure, RaggedBatch | None]:
+        """Who left at a stage, and who waits before the next, compacted (None: nobody). Waits for that stage alone.
+
+        lessons: of the rows' rules so far; a rule that started with the stage and learns adds one.
+        """
+        stage, batch = self.stages[launched.number], launched.batch
+        sample_ids, logits, score, live, exits = launched.answers.read()
+        if launched.thresholds is not None:
+            lessons.append(Lesson(stage.rule, sample_ids, launched.thresholds))
+        for lesson in lessons:
+            if lesson.rule is stage.rule:
+                lesson.note(stage.exit_index, sample_ids, score)
+        left = exits.nonzero()[:, 0]
+        departure = Departure(stage, sample_ids[left], logits[left], score[left])
+        survivors, tokens = live.tolist()
         if survivors == 0:
-            return asked, None
-        if survivors < rows:
-            batch = compact(batch, decision, token_bucket(tokens), impl=self.impl)
-        else:  # nobody left: only the rule's state moves on
-            batch = replace(batch, state={**batch.state, **decision.state})
-        return asked, Waiting(batch, survivors)
+            return departure, None
+        if survivors == batch.rows:  # nobody left: only the rule's state moves on
+            return departure, replace(batch, state={**batch.state, **launched.decision.state})
+        compacted = compact(batch, launched.decision, token_bucket(tokens), impl=self.impl)
+        if not batch.live_on_host:
+            compacted = replace(compacted, seqlens=batch.seqlens[~exits])
+        return departure, compacted
 
     def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
         if isinstance(stage.head, MlpHead):
@@ -184,22 +201,19 @@ class Lesson:
         self.rule.learn(self.thresholds, scores, last)
 
 
-def _adopt(
-    rule: ExitRule, batch: RaggedBatch, rows: int, lessons: list[Lesson], *, keep_thresholds: bool
-) -> RaggedBatch:
-    """Give the ``rows`` live rows what ``rule`` starts with: state, and thresholds unless the caller brought some."""
+def _adopt(rule: ExitRule, batch: RaggedBatch, *, keep_thresholds: bool) -> tuple[RaggedBatch, Tensor | None]:
+    """Give the live rows what ``rule`` starts with: state, and thresholds unless the caller brought some.
+
+    Also those thresholds f32 ``[rows]``, on the host, where the rule chose them and learns.
+    """
     state = batch.state | rule.initial_state(batch.row_capacity, batch.device)
     if not keep_thresholds:
         state.pop("threshold", None)
-    if "threshold" not in state:
-        sample_ids = batch.sample_ids[:rows]
-        thresholds = rule.start(sample_ids)
-        if thresholds is not None:
-            thresholds = thresholds.to(device=batch.device, dtype=torch.float32)
-            state["threshold"] = F.pad(thresholds, (0, batch.row_capacity - rows))
-            if rule.learns:
-                lessons.append(Lesson(rule, sample_ids, thresholds))
-    return replace(batch, state=state)
+    chosen = None if "threshold" in state else rule.start(batch.sample_ids[: batch.rows])
+    if chosen is not None:
+        chosen = chosen.to(device="cpu", dtype=torch.float32)
+        state["threshold"] = to_device(F.pad(chosen, (0, batch.row_capacity - batch.rows)), batch.device)
+    return replace(batch, state=state), chosen if rule.learns else None
 
 
 def conclude(rows: int, departures: Sequence[Departure], lessons: Sequence[Lesson]) -> ExitRecord:
@@ -208,7 +222,7 @@ def conclude(rows: int, departures: Sequence[Departure], lessons: Sequence[Lesso
     for lesson in lessons:
         lesson.teach()
     for rule in {id(departure.stage.rule): departure.stage.rule for departure in departures}.values():
-        rule.finish(torch.arange(rows, device=record.score.device), record.score, record.exit_layer)
+        rule.finish(torch.arange(rows, device="cpu"), record.score, record.exit_layer)
     return record
 
 
@@ -216,11 +230,11 @@ def _gather(rows: int, departures: Sequence[Departure]) -> ExitRecord:
     """What ``departures`` say of the rows 0 ... rows - 1, each of which left once."""
     ids = torch.cat([departure.sample_ids for departure in departures])
     order = torch.empty_like(ids)
-    order[ids] = torch.arange(rows, device=ids.device)
+    order[ids] = torch.arange(rows, device="cpu")
     counts = torch.tensor([len(departure.sample_ids) for departure in departures], device="cpu")
 
     def repeat(values: list[int]) -> Tensor:
-        return torch.repeat_interleave(torch.tensor(values, device="cpu"), counts).to(ids.device)[order]
+        return torch.repeat_interleave(torch.tensor(values, device="cpu"), counts)[order]
 
     stages = [departure.stage for departure in departures]
     return ExitRecord(

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 
 from ragged_exit.batch import RaggedBatch
-from ragged_exit.executor import Departure, ExitRecord, Lesson, RaggedExecutor, Waiting, conclude
+from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, conclude
 
 MAX_WAIT = 64  # batches that may enter before a row that waits is run, full pool or not
+IN_FLIGHT = 2  # stages queued on a device: one is running while the host reads the other's outcome
 
 
 class Finished(NamedTuple):
@@ -77,6 +78,9 @@ class SurvivorPools:
     or when a row in it has seen ``max_wait`` batches enter, so that none waits for ever. An answer does not depend on
     who is merged with whom beyond what batching itself changes (DESIGN: nothing on the native CPU path).
 
+    Where the host would wait for a device, stages are read one late: the next is queued before the last is read. On a
+    CPU each is read at once.
+
     Rules' hooks see the batches as they entered, each when all of its rows have left.
     """
 
@@ -88,6 +92,7 @@ class SurvivorPools:
         self.executor, self.token_budget, self.max_wait = executor, token_budget, max_wait
         self._pools = [_Pool() for _ in executor.stages]  # the first stays empty: batches run as they enter
         self._cohorts: dict[int, _Cohort] = {}  # by number, in the order of entry
+        self._flight: deque[tuple[int, Launched]] = deque()  # as in a pool, and the stage
         self._lessons: list[Lesson] = []
         self._entered = 0
         self._rows = 0
@@ -106,10 +111,14 @@ class SurvivorPools:
     def flush(self) -> list[Finished]:
         """Run all that waits, shallow to deep."""
         finished = []
-        for stage, pool in enumerate(self._pools):
-            while pool.parts:
-                finished += self._run(stage, *pool.take(self.token_budget))
-        return finished
+        while True:
+            waiting = next((stage for stage, pool in enumerate(self._pools) if pool.parts), None)
+            if waiting is not None:
+                finished += self._run(waiting, *self._pools[waiting].take(self.token_budget))
+            elif self._flight:
+                finished += self._read()
+            else:
+                return finished
 
     def _due(self) -> int | None:
         """The next stage to run: the deepest full pool, else the shallowest with a row that has waited too long."""
@@ -122,11 +131,19 @@ class SurvivorPools:
         return None
 
     def _run(self, number: int, entered: int, batch: RaggedBatch) -> list[Finished]:
-        """One stage on a batch whose oldest row came with batch number ``entered``."""
-        asked, waiting = self.executor.step(number, Waiting(batch, batch.rows), self._lessons)
-        if waiting is not None:
-            self._pools[number + 1].put(entered, waiting.batch.part(0, waiting.rows))
-        departure = asked.departure()
+        """Queue one stage on a batch whose oldest row came with batch number ``entered``; read what is due."""
+        self._flight.append((entered, self.executor.launch(number, batch)))
+        finished = []
+        while len(self._flight) >= (1 if batch.live_on_host else IN_FLIGHT):
+            finished += self._read()
+        return finished
+
+    def _read(self) -> list[Finished]:
+        """Read the oldest stage in flight: its survivors wait before the next."""
+        entered, launched = self._flight.popleft()
+        departure, survivors = self.executor.settle(launched, self._lessons)
+        if survivors is not None:
+            self._pools[launched.number + 1].put(entered, survivors.part(0, survivors.rows))
         if len(departure.sample_ids) == 0:
             return []
         self._teach(departure)
@@ -136,10 +153,10 @@ class SurvivorPools:
         """Credit the rows that left to the batches they came with; those that are complete."""
         numbers = list(self._cohorts)
         firsts = torch.tensor([cohort.first for cohort in self._cohorts.values()])
-        places = torch.searchsorted(firsts, departure.sample_ids.cpu(), right=True) - 1
+        places = torch.searchsorted(firsts, departure.sample_ids, right=True) - 1
         finished = []
         for place in places.unique().tolist():
-            number, own = numbers[place], (places == place).to(departure.sample_ids.device)
+            number, own = numbers[place], places == place
             cohort = self._cohorts[number]
             cohort.departures.append(
                 Departure(

@@ -203,7 +203,7 @@ def row_threshold(batch: RaggedBatch, rule: ExitRule, exit_index: int) -> Tensor
 
 @functools.lru_cache(maxsize=4096)
 def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor([value], dtype=torch.float32, device=device)  # cached: no host-to-device copy per exit
+    return torch.full((1,), value, dtype=torch.float32, device=device)  # cached, and filled there: no copy to wait for
 
 
 def rule_state(batch: RaggedBatch, rule: ExitRule) -> tuple[Tensor | None, Tensor | None]:
