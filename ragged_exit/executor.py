@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
+from ragged_exit.graphs import LayerGraphs, run_layers
 from ragged_exit.heads import MlpHead, TokenHead
 from ragged_exit.ops import ExitDecision, compact, exit_decide, exit_step
 from ragged_exit.rules import ExitRule
@@ -82,14 +83,17 @@ class RaggedExecutor:
     """Runs a list of stages on batches; the last stage answers for everybody who is left.
 
     Neighbouring stages with the same rule object share its row state; a stage with another rule starts that rule anew.
+    graphs: CUDA graphs to run layers with, which only a GPU has.
+
     Raises ValueError for an empty list, or a first stage that does not start from token ids.
     """
 
-    def __init__(self, stages: Sequence[Stage], *, impl: str | None = None) -> None:
+    def __init__(self, stages: Sequence[Stage], *, impl: str | None = None, graphs: LayerGraphs | None = None) -> None:
         if not stages or not stages[0].restart:
             raise ValueError("stages: expected at least one, the first with restart=True")
         self.stages = list(stages)
         self.impl = impl
+        self._run_layers = run_layers if graphs is None else graphs.run
         last_restart = max(number for number, stage in enumerate(stages) if stage.restart)
         self._keeps_ids = [number < last_restart for number in range(len(stages))]
 
@@ -132,8 +136,7 @@ class RaggedExecutor:
             batch = stage.encoder.embed(batch)
         if not self._keeps_ids[number]:
             batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
-        for layer in stage.layers:
-            batch = stage.encoder.layer(layer, batch)
+        batch = self._run_layers(stage.encoder, stage.layers, batch)
         batch, decision = self._ask(stage, batch, number == len(self.stages) - 1)
         if on_decision is not None:
             on_decision(decision)
