@@ -55,6 +55,7 @@ gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace || echo "the CPU kernels are not built; the GPU's do not need them"
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	$(PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-gpu.json
+	$(PYTHON) benchmarks/gpu.py --json benchmarks/results/encoder-gpu.json
 
 $(STAMP): $(SOURCES)
 	@echo "creating $(VENV) and installing ragged-exit with its pinned dependencies"

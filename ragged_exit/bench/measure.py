@@ -118,16 +118,17 @@ def measure(
     repeats: int,
     dtype: torch.dtype,
     on_step: Callable[[str], None] = lambda step: None,
+    tuning_rows: int = TUNING_ROWS,
 ) -> list[Measured]:
     """Check every contender on ``check_on``, choose its batch size, then time all of them in turns.
 
     draw(number) gives workload ``number``: other rows in another order each time, so that each batch is seen once.
-    Numbers below 0 are for choosing sizes.
+    Numbers below 0 are for choosing sizes, ``tuning_rows`` of each.
     """
     results = []
     for contender in contenders:
         on_step(f"checking {contender.name}")
-        size = _best_size(contender, draw)
+        size = _best_size(contender, draw, tuning_rows)
         measured = Measured(contender, size, contender.run(_limited(check_on, contender), size))
         check(measured, check_on, expected, dtype)
         results.append(measured)
@@ -141,12 +142,12 @@ def measure(
     return results
 
 
-def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:
+def _best_size(contender: Contender, draw: Callable[[int], Workload], rows: int) -> int:
     if len(contender.sizes) == 1:
         return contender.sizes[0]
     times = {}
     for number, size in enumerate(contender.sizes):
-        warm, timed = (draw(-1 - place).select(range(TUNING_ROWS)) for place in (number, len(contender.sizes)))
+        warm, timed = (draw(-1 - place).select(range(rows)) for place in (number, len(contender.sizes)))
         contender.run(warm, size)  # kernels for this size's shapes are built here, not in the next line
         times[size] = _seconds(contender, timed, size)
     return min(times, key=lambda size: times[size])

@@ -1,0 +1,102 @@
+"""The whole encoder on a GPU: padded Hugging Face, torch.compile, ours at full depth, with exits, with CUDA graphs.
+
+python benchmarks/gpu.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp16|bf16|fp32]
+                         [--rows N] [--repeats N] [--no-compile] [--device cuda] [--json F]
+
+The encoder is random, its heads are fitted to two topics of random words, the same number of rows leaves at every
+layer. Decisions are compared first, with the fp32 model on the CPU, one row at a time; a contender that differs gets no
+speed-up. Every time ends with the answers in host memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.gpu import CardReport, card_contenders, card_references, matrix_rate
+from ragged_exit.bench.measure import measure
+from ragged_exit.bench.report import workload_facts
+from ragged_exit.bench.synthetic import PROFILES, SHAPES, fit_heads, random_deebert, random_workload, uniform_exits
+from ragged_exit.bench.workload import work
+from ragged_exit.calibration.exit_table import exit_table
+
+SEED = 20
+ROWS = {"sst2": 16_384, "mrpc": 8_192, "long": 2_048, "uniform": 4_096}  # a repeat
+CHECKED_ROWS = 256
+
+
+class DType(StrEnum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+DTYPES = {DType.fp16: torch.float16, DType.bf16: torch.bfloat16, DType.fp32: torch.float32}
+
+
+def main(
+    profile: Annotated[str, typer.Option(help=" | ".join(PROFILES))] = "sst2",
+    shape: Annotated[str, typer.Option(help=" | ".join(SHAPES))] = "base",
+    dtype: DType = DType.fp16,
+    rows: Annotated[int | None, typer.Option(help="sequences a repeat (default: by profile)")] = None,
+    repeats: int = 5,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="measure torch.compile too")] = True,
+    device: Annotated[str, typer.Option(help="cpu: to try the benchmark itself, without graphs")] = "cuda",
+    json: Path | None = None,
+) -> None:
+    console = Console()
+    if profile not in PROFILES or shape not in SHAPES:
+        raise typer.BadParameter(f"expected a profile of {', '.join(PROFILES)} and a shape of {', '.join(SHAPES)}")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        console.print("benchmarks/gpu.py: this machine has no CUDA device, and a GPU's times are taken on nothing else")
+        raise typer.Exit(2)
+    rows = rows or ROWS[profile]
+    precision = DTYPES[dtype]
+    model = random_deebert(shape, SEED)
+    fit_heads(model, SEED + 100, profile)
+    rule = uniform_exits(exit_table(accelerate(model), random_workload(512, SEED, profile).sequences))
+    check_on = random_workload(CHECKED_ROWS, SEED + 1, profile)
+    on_card = copy.deepcopy(model).to(place, precision)
+
+    def say(line: str) -> None:
+        console.print(line, style="dim")
+
+    say("the reference model, row by row")
+    expected = card_references(model, on_card, rule, check_on)
+    rate = matrix_rate(place, precision, 8192 if place.type == "cuda" else 512)
+    measured = measure(
+        card_contenders(on_card, accelerate(model, rule=rule, dtype=precision, device=place), compiled=compiled),
+        check_on,
+        expected,
+        lambda number: random_workload(rows, 1000 + number, profile),
+        repeats=repeats,
+        dtype=precision,
+        on_step=say,
+        tuning_rows=rows,
+    )
+    layers, exits = model.config.num_hidden_layers, expected.exits.exit_layer
+    facts = workload_facts(check_on, exits, exits, model.config, layers)
+    full = work(model.config, check_on.lengths, exits * 0 + layers, exits * 0 + 1) * rows / len(check_on)
+    report = CardReport(
+        title=f"BERT {shape}, random encoder, {profile} lengths, {dtype}, {place}",
+        measured=measured,
+        workload=facts | {"sequences": rows, "threshold": rule.to_dict()["threshold"]},
+        flops=(full * facts["work_fraction"], full),
+        rate=rate,
+        close=int(expected.close.sum()),
+    )
+    report.print(console)
+    if json is not None:
+        report.write_json(json)
+
+
+if __name__ == "__main__":
+    typer.run(main)

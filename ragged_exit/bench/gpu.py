@@ -1,0 +1,230 @@
+"""One card: padded peers and ours, with and without CUDA graphs, beside the rate at which it multiplies matrices."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ragged_exit.accelerate import AcceleratedModel
+from ragged_exit.bench.contenders import (
+    Answers,
+    Contender,
+    PaddedForward,
+    Run,
+    exit_score,
+    full_depth,
+    full_depth_stage,
+    padded_by,
+    ragged,
+)
+from ragged_exit.bench.environment import environment
+from ragged_exit.bench.measure import MARGIN, Measured, References, references
+from ragged_exit.bench.workload import Workload
+from ragged_exit.executor import RaggedExecutor
+from ragged_exit.graphs import LayerGraphs
+from ragged_exit.models.base import ExitPoint
+from ragged_exit.models.deebert import DeeBert
+from ragged_exit.rules import ExitRule
+from ragged_exit.transfer import to_device
+
+ROW_BATCHES = (64, 256, 1024)
+TOKEN_BUDGETS = (8_192, 32_768, 131_072)
+PEERS = ("padded_sorted", "compiled_sorted")
+PAIRS = {"ragged": "ragged_full", "ragged_graphs": "ragged_full_graphs"}  # exits on: the same with exits off
+
+
+def card_contenders(model: DeeBert, fast: AcceleratedModel, *, compiled: bool) -> list[Contender]:
+    """``model``: the plain one, on the device and in the dtype of ``fast``. compiled: measure torch.compile too.
+
+    Graphs only where there are any: on CUDA.
+    """
+    layers, device = model.config.num_hidden_layers, fast.device
+    plain = _on(device, partial(full_depth, model))
+    found = [
+        Contender("padded", padded_by(plain, layers, by_length=False), (32,), exits=False),
+        Contender("padded_sorted", padded_by(plain, layers, by_length=True), ROW_BATCHES, exits=False),
+    ]
+    if compiled:
+        graph = _on(device, torch.compile(partial(full_depth, model), dynamic=True))
+        found.append(Contender("compiled_sorted", padded_by(graph, layers, by_length=True), ROW_BATCHES, exits=False))
+    for suffix in ("", "_graphs") if device.type == "cuda" else ("",):
+        for name, stages in (("ragged_full", [full_depth_stage(fast)]), ("ragged", fast.executor.stages)):
+            executor = RaggedExecutor(stages, impl=fast.impl, graphs=LayerGraphs() if suffix else None)
+            exits = name == "ragged"
+            found.append(Contender(name + suffix, ragged(fast, executor), TOKEN_BUDGETS, exits=exits))
+    return [replace(contender, run=_to_the_end(contender.run)) for contender in found]
+
+
+def _on(device: torch.device, forward: PaddedForward) -> PaddedForward:
+    def run(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        types = None if token_type_ids is None else to_device(token_type_ids, device)
+        return forward(to_device(input_ids, device), to_device(attention_mask, device), types)
+
+    return run
+
+
+def _to_the_end(run: Run) -> Run:
+    """``run`` until its answers are in host memory, so that whoever times it times all of it."""
+
+    def whole(workload: Workload, size: int) -> Answers:
+        answers = run(workload, size)
+        return Answers(answers.logits.cpu(), answers.exit_layer.cpu())
+
+    return whole
+
+
+def card_references(model: DeeBert, on_card: DeeBert, rule: ExitRule, workload: Workload) -> References:
+    """``references``, where a row is close to another exit by what PyTorch itself is off on the card.
+
+    model: fp32 on the CPU. on_card: the same on the card, in the dtype that is measured. The margin is four times the
+    largest difference between their scores (DESIGN: numbers and promises).
+    """
+    expected = references(model, rule, workload)
+    error, nearest = 0.0, []
+    for sequence in workload.sequences:
+        scores, others = (_scores(each, sequence, rule) for each in (model, on_card))
+        error = max(error, float((scores - others).abs().max()))
+        thresholds = torch.tensor([rule.threshold_at(exit) for exit in range(len(scores))])
+        nearest.append((scores - thresholds)[:-1].abs().min())
+    return replace(expected, close=torch.stack(nearest) <= max(MARGIN, 4 * error))
+
+
+@torch.inference_mode()
+def _scores(model: DeeBert, sequence: Any, rule: ExitRule) -> Tensor:
+    """The rule's score at every exit, f32 ``[exits]`` on the CPU."""
+    ids = torch.tensor([list(sequence)], device=model.device)
+    points: list[ExitPoint] = model.exit_points(ids, torch.ones_like(ids), None)
+    return torch.cat([exit_score(point.output.logits.float().cpu(), rule) for point in points])
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP/s of a plain product of ``size`` x ``size`` matrices, the median of 15 rounds."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(15):
+        _synchronise(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        _synchronise(device)
+        times.append((time.perf_counter() - start) / 4)
+    return 2 * size**3 / statistics.median(times)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class CardReport:
+    """What was measured, and what follows from it.
+
+    flops: of one timed workload, (with exits, at full depth). rate: FLOP/s of the card's matrix product.
+    """
+
+    title: str
+    measured: list[Measured]
+    workload: dict[str, Any]
+    flops: tuple[float, float]
+    rate: float
+    close: int  # rows that may leave elsewhere, of those that were checked
+
+    def of(self, name: str) -> Measured | None:
+        """The contender of this name, if it was measured and answered as its reference."""
+        return next((item for item in self.measured if item.contender.name == name and item.matches), None)
+
+    def ratio(self, slow: str, fast: str) -> float | None:
+        """seconds of ``slow`` over seconds of ``fast``; None unless both match their reference."""
+        first, second = self.of(slow), self.of(fast)
+        return None if first is None or second is None else first.median / second.median
+
+    @property
+    def best_peer(self) -> str | None:
+        found = [item for item in map(self.of, PEERS) if item is not None]
+        return min(found, key=lambda item: item.median).contender.name if found else None
+
+    def realised_over_ideal(self, name: str) -> float | None:
+        gain = self.ratio(PAIRS[name], name)
+        return None if gain is None else gain * self.workload["work_fraction"]
+
+    def share_of_matrix_rate(self, item: Measured) -> float | None:
+        """FLOPs on the tokens that there are and the layers that must run, a second, of ``rate``."""
+        needed = self.flops[0] if item.contender.exits else self.flops[1]
+        return needed / item.median / self.rate if item.matches else None
+
+    def to_dict(self) -> dict[str, Any]:
+        names = [name for name in PAIRS if self.of(name) is not None]
+        return {
+            "environment": environment(),
+            "title": self.title,
+            "workload": self.workload,
+            "matrix_tflop_s": self.rate / 1e12,
+            "rows_inside_the_margin": self.close,
+            "contenders": [self._row(item) for item in self.measured],
+            "best_peer": self.best_peer,
+            "full_over_best_peer": {
+                name: self.ratio(self.best_peer, PAIRS[name]) for name in names if self.best_peer is not None
+            },
+            "realised_over_ideal": {name: self.realised_over_ideal(name) for name in names},
+        }
+
+    def _row(self, item: Measured) -> dict[str, Any]:
+        return {
+            "name": item.contender.name,
+            "seconds": item.median,
+            "seconds_of_repeats": item.seconds,
+            "sequences_per_second": self.workload["sequences"] / item.median,
+            "accuracy": item.accuracy,
+            "speedup_vs_padded": self.ratio("padded", item.contender.name),
+            "share_of_matrix_rate": self.share_of_matrix_rate(item),
+            "decisions_match": item.matches,
+            "max_logit_error": item.max_logit_error,
+            "wrong_exits": item.wrong_exits,
+            "label_agreement": item.agreement,
+            "batch_size": item.size,
+        }
+
+    def write_json(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def print(self, console: Console) -> None:
+        table = Table(title=f"{self.title}; matrices multiplied at {self.rate / 1e12:.3g} TFLOP/s")
+        for column in ("contender", "seq/s", "vs padded", "of matrix rate", "accuracy", "batch", "answers"):
+            table.add_column(column, justify="left" if column in ("contender", "answers") else "right")
+        for item in self.measured:
+            row = self._row(item)
+            verdict = "match" if item.matches else f"[red]DIFFER: {item.wrong_exits} exits[/red]"
+            table.add_row(
+                row["name"],
+                f"{row['sequences_per_second']:,.0f}",
+                _shown(row["speedup_vs_padded"], "{:.2f}x"),
+                _shown(row["share_of_matrix_rate"], "{:.1%}"),
+                _shown(row["accuracy"], "{:.2%}"),
+                str(item.size),
+                f"{verdict}, labels {item.agreement:.1%}, logits within {item.max_logit_error:.0e}",
+            )
+        console.print(table)
+        for name, full in PAIRS.items():
+            realised = self.realised_over_ideal(name)
+            if realised is not None:
+                fraction = self.workload["work_fraction"]
+                console.print(f"{name}: realised / ideal {realised:.3f} (work fraction {fraction:.3f})")
+            if self.best_peer is not None and (gain := self.ratio(self.best_peer, full)) is not None:
+                console.print(f"{full}: {gain:.2f}x the best peer, {self.best_peer}")
+        console.print(f"{self.close} checked rows are too close to another exit to tell", style="dim")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

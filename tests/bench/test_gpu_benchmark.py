@@ -1,0 +1,93 @@
+"""benchmarks/gpu.py from end to end without a GPU: answers, figures, refusals. Its times mean nothing here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from tiny import one_thread  # noqa: F401
+
+from ragged_exit.bench import gpu, synthetic
+from ragged_exit.bench.contenders import Answers, Contender
+from ragged_exit.bench.gpu import CardReport, card_references
+from ragged_exit.bench.measure import Measured
+from ragged_exit.bench.synthetic import random_deebert, random_workload
+from ragged_exit.rules import Entropy
+
+_SPEC = importlib.util.spec_from_file_location("gpu_benchmark", Path(__file__).parents[2] / "benchmarks" / "gpu.py")
+benchmark = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(benchmark)
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 3}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+
+
+def test_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CHECKED_ROWS", 24)
+    monkeypatch.setattr(synthetic, "HEAD_ROWS", (64, 16))
+    monkeypatch.setattr(gpu, "TOKEN_BUDGETS", (256, 1024))
+    options = {"dtype": benchmark.DType.fp32, "rows": 48, "repeats": 2, "compiled": False, "device": "cpu"}
+    benchmark.main(profile="sst2", shape="tiny", json=tmp_path / "r.json", **options)
+    found = json.loads((tmp_path / "r.json").read_text())
+    rows = {row["name"]: row for row in found["contenders"]}
+    assert set(rows) == {"padded", "padded_sorted", "ragged_full", "ragged"}
+    assert all(row["decisions_match"] and len(row["seconds_of_repeats"]) == 2 for row in rows.values())
+    assert found["workload"]["sequences"] == 48 and 1 < found["workload"]["mean_exit_layer"] < 3
+    assert found["matrix_tflop_s"] > 0 and found["best_peer"] == "padded_sorted"
+    gain = rows["ragged_full"]["seconds"] / rows["ragged"]["seconds"]
+    assert found["realised_over_ideal"] == {"ragged": pytest.approx(gain * found["workload"]["work_fraction"])}
+    assert "realised / ideal" in capsys.readouterr().out
+
+
+def test_a_contender_that_differs_gets_no_figure():
+    contenders = [Contender(name, lambda *_: None, (1,), exits=name == "ragged") for name in gpu.PAIRS | {"padded": ""}]
+    contenders.append(Contender("ragged_full", lambda *_: None, (1,), exits=False))
+    answers = Answers(torch.zeros(1, 2), torch.ones(1, dtype=torch.int64))
+    measured = [Measured(item, 1, answers, [number + 1.0]) for number, item in enumerate(contenders)]
+    report = CardReport("", measured, {"sequences": 1, "work_fraction": 0.5}, (4.0, 8.0), 2.0, 0)
+    seconds = {item.contender.name: item.median for item in measured}
+    assert report.share_of_matrix_rate(report.of("ragged")) == 4.0 / seconds["ragged"] / 2
+    assert report.share_of_matrix_rate(report.of("ragged_full")) == 8.0 / seconds["ragged_full"] / 2
+    assert report.realised_over_ideal("ragged") == seconds["ragged_full"] / seconds["ragged"] / 2
+    wrong = replace(report, measured=[replace(item, matches=False) for item in measured])
+    console = Console(width=200, record=True)
+    wrong.print(console)
+    assert "DIFFER" in console.export_text() and wrong.to_dict()["realised_over_ideal"] == {}
+    for row in wrong.to_dict()["contenders"]:
+        assert row["speedup_vs_padded"] is None and row["share_of_matrix_rate"] is None
+
+
+def test_the_margin_is_what_the_card_itself_is_off():
+    """A card whose scores differ by e makes every row doubtful that is within 4 e of a threshold."""
+    model, workload = random_deebert("tiny", 1), random_workload(20, 2)
+    scores = [float(gpu._scores(model, sequence, Entropy(0.0))[0]) for sequence in workload.sequences]
+    rule = Entropy(sum(sorted(scores)[4:6]) / 2)  # at the first exit; the others are elsewhere
+    exact = card_references(model, model, rule, workload).close
+    other = random_deebert("tiny", 1)
+    with torch.no_grad():
+        other.highways[0].classifier.bias += torch.tensor([2e-3, 0.0])
+    off = card_references(model, other, rule, workload).close
+    assert not exact.any() and 0 < int(off.sum()) < 20
+
+
+def test_the_matrix_rate_counts_a_products_flops(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: float(next(ticks)))  # every round takes a second
+    assert gpu.matrix_rate(torch.device("cpu"), torch.float32, size=8) == 4 * 2 * 8**3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_benchmark_says_so(capsys):
+    with pytest.raises(typer.Exit) as stopped:
+        benchmark.main(shape="tiny")
+    assert stopped.value.exit_code == 2
+    assert "no CUDA device" in capsys.readouterr().out
