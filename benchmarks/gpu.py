@@ -62,6 +62,7 @@ def main(
     precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
     fit_heads(model, SEED + 100, profile)
+    model.to("cpu")  # the Trainer takes models to the device that there is
     rule = uniform_exits(exit_table(accelerate(model), random_workload(512, SEED, profile).sequences))
     check_on = random_workload(CHECKED_ROWS, SEED + 1, profile)
     on_card = copy.deepcopy(model).to(place, precision)

@@ -104,9 +104,13 @@ class SurvivorPools:
         self._rows += batch.rows
         finished = self._run(0, self._entered, batch)
         self._entered += 1
-        while (stage := self._due()) is not None:
-            finished += self._run(stage, *self._pools[stage].take(self.token_budget))
-        return finished
+        while True:
+            if (stage := self._due()) is not None:
+                finished += self._run(stage, *self._pools[stage].take(self.token_budget))
+            elif self._flight and self._overdue(self._flight[0][0]):
+                finished += self._read()
+            else:
+                return finished
 
     def flush(self) -> list[Finished]:
         """Run all that waits, shallow to deep."""
@@ -126,9 +130,13 @@ class SurvivorPools:
             if self._pools[stage].tokens >= self.token_budget:
                 return stage
         for stage, pool in enumerate(self._pools):
-            if pool.parts and self._entered - pool.oldest() > self.max_wait:
+            if pool.parts and self._overdue(pool.oldest()):
                 return stage
         return None
+
+    def _overdue(self, entered: int) -> bool:
+        """Whether rows that came with batch number ``entered`` have seen too many others enter."""
+        return self._entered - entered > self.max_wait
 
     def _run(self, number: int, entered: int, batch: RaggedBatch) -> list[Finished]:
         """Queue one stage on a batch whose oldest row came with batch number ``entered``; read what is due."""

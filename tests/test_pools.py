@@ -106,8 +106,16 @@ def test_launches_stay_full_where_they_ran_empty():
     budget=st.integers(1, 200),
     max_wait=st.integers(0, 6),
     seed=st.integers(0, 1000),
+    on_host=st.booleans(),
 )
-def test_nobody_starves_and_everybody_is_answered_once(sizes, budget, max_wait, seed):
+def test_nobody_starves_and_everybody_is_answered_once(sizes, budget, max_wait, seed, on_host):
+    with pytest.MonkeyPatch.context() as patch:
+        if not on_host:  # as on a device: two stages in flight
+            patch.setattr(RaggedBatch, "live_on_host", False)
+        check_nobody_starves(sizes, budget, max_wait, seed)
+
+
+def check_nobody_starves(sizes: list[int], budget: int, max_wait: int, seed: int) -> None:
     plan, lengths = workload(sum(sizes), seed)
     encoder, executor = planned(plan)
     pools = SurvivorPools(executor, budget, max_wait=max_wait)
