@@ -158,6 +158,18 @@ def test_regression_learns():
         assert float((point.output.logits[:, 0] - batch["labels"]).square().mean()) < 0.1  # the labels' variance is .25
 
 
+@pytest.mark.parametrize("system", ["berxit", "pabee"])
+def test_a_regressions_fresh_heads_start_at_the_labels_mean(system):
+    model = tiny(system, num_labels=1)
+    heads = [exit_.head.classifier.bias for exit_ in model.layer_exits()]
+    torch.nn.init.constant_(heads[0], 7.0)  # one that was trained before
+    examples = task(20, 0)
+    examples = Examples(examples.sequences, [3.0 + label for label in examples.labels])
+    fit(model, examples, examples, epochs=1, learning_rate=0.0, show_progress=False)
+    mean = sum(examples.labels) / 20
+    assert [bias.item() for bias in heads] == pytest.approx([7.0, *[mean] * (len(heads) - 1)])
+
+
 @pytest.mark.parametrize(("labels", "num_labels"), [([0, 2], 2), ([0.5, 1.5], 2), ([-1, 0], 2)])
 def test_labels_that_do_not_fit_are_refused(labels, num_labels):
     with pytest.raises(ValueError, match="labels"):
