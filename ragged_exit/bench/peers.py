@@ -140,6 +140,9 @@ def _ctranslate2(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
     """CTranslate2's encoder, which drops padding itself; the head stays in PyTorch."""
     import ctranslate2
 
+    kind = "float32" if dtype == torch.float32 else "bfloat16"
+    if kind not in ctranslate2.get_supported_compute_types("cpu"):
+        raise NotSupported(f"no {kind} on this CPU")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "hf", Path(folder) / "ct2"
         config = copy.deepcopy(model.config)
@@ -150,7 +153,6 @@ def _ctranslate2(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
         (source / "vocab.txt").write_text("".join(f"{word}\n" for word in _words(model.config.vocab_size)))
         BertTokenizerFast(str(source / "vocab.txt")).save_pretrained(source)
         ctranslate2.converters.TransformersConverter(str(source)).convert(str(target))
-        kind = "float32" if dtype == torch.float32 else "bfloat16"
         encoder = ctranslate2.Encoder(str(target), compute_type=kind, inter_threads=1, intra_threads=threads)
     head = model.final
 
