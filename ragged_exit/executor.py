@@ -20,7 +20,7 @@ from ragged_exit.ops import ExitDecision, compact, exit_decide, exit_step
 from ragged_exit.rules import ExitRule
 from ragged_exit.transfer import ToHost, to_device
 
-COHORT_TOKENS = 8192  # two cohorts of fewer tokens would keep the host busier than the device
+COHORT_TOKENS = 8192  # not measured yet: below this, two cohorts may keep the host busier than the device
 
 
 @dataclass(frozen=True)
