@@ -50,13 +50,13 @@ PROFILES = {"sst2": sst2_lengths, "mrpc": mrpc_lengths, "long": long_lengths, "u
 def random_workload(count: int, seed: int, profile: str = "sst2") -> Workload:
     """``count`` sequences with the lengths of ``profile``, of random tokens and of one of two topics, the label.
 
-    40 to 100 % of a sequence's tokens are words of its topic: some rows are easier than others, none is hopeless, so
+    50 to 100 % of a sequence's tokens are words of its topic: some rows are easier than others, none is hopeless, so
     that answers survive bfloat16.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = PROFILES[profile](count, generator)
     labels = torch.randint(2, (count,), generator=generator)
-    purity = 0.4 + 0.6 * torch.rand(count, generator=generator)
+    purity = 0.5 + 0.5 * torch.rand(count, generator=generator)
     total = int(lengths.sum())
     tokens = torch.randint(FIRST_WORD + 2 * TOPIC_WORDS, VOCABULARY, (total,), generator=generator)
     words = FIRST_WORD + torch.randint(TOPIC_WORDS, (total,), generator=generator)
@@ -78,9 +78,13 @@ def random_deebert(shape: str, seed: int, *, num_labels: int = 2) -> DeeBert:
 
 def fit_heads(model: DeeBert, seed: int, profile: str) -> None:
     """Fit the heads of a random encoder to the topics, by DeeBERT's recipe with a frozen backbone."""
-    parts = [random_workload(rows, seed + number, profile) for number, rows in enumerate(HEAD_ROWS)]
-    train, valid = (Examples(part.sequences, part.labels.tolist()) for part in parts)
+    train, valid = (_examples(random_workload(rows, seed + number, profile)) for number, rows in enumerate(HEAD_ROWS))
     fit(model, train, valid, freeze_backbone=True, seed=seed)
+
+
+def _examples(workload: Workload) -> Examples:
+    assert workload.labels is not None
+    return Examples(workload.sequences, workload.labels.tolist())
 
 
 def uniform_exits(table: ExitTable) -> Entropy:
