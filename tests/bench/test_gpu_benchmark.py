@@ -33,7 +33,7 @@ def tiny(monkeypatch):
 
 def test_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "CHECKED_ROWS", 24)
-    monkeypatch.setattr(synthetic, "HEAD_ROWS", (64, 16))
+    monkeypatch.setattr(synthetic, "HEAD_ROWS", 128)
     monkeypatch.setattr(gpu, "TOKEN_BUDGETS", (256, 1024))
     options = {"dtype": benchmark.DType.fp32, "rows": 48, "repeats": 2, "compiled": False, "device": "cpu"}
     benchmark.main(profile="sst2", shape="tiny", json=tmp_path / "r.json", **options)

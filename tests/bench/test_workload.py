@@ -3,8 +3,11 @@
 import torch
 from transformers import BertConfig
 
-from ragged_exit.bench.synthetic import CLS, FIRST_WORD, TOPIC_WORDS, random_workload, sst2_lengths
+from ragged_exit.accelerate import accelerate
+from ragged_exit.bench import synthetic
+from ragged_exit.bench.synthetic import CLS, FIRST_WORD, TOPIC_WORDS, fit_heads, random_workload, sst2_lengths
 from ragged_exit.bench.workload import Workload, work
+from ragged_exit.calibration.exit_table import exit_table
 
 CONFIG = BertConfig(hidden_size=8, intermediate_size=16, num_labels=3, num_attention_heads=2)
 
@@ -59,3 +62,13 @@ def test_a_row_has_words_of_its_topic_and_of_no_other():
         assert sequence[0] == CLS and topics.count(1 - label) == 0
         shares.append(topics.count(label) / len(topics))
     assert 0.7 < sum(shares) / len(shares) < 0.8  # 50 to 100 %
+
+
+def test_heads_of_a_random_encoder_tell_the_topics_apart(monkeypatch):
+    shape = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 2}
+    monkeypatch.setitem(synthetic.SHAPES, "small", shape)
+    model = synthetic.random_deebert("small", 0)
+    fit_heads(model, 1, "sst2")
+    workload = random_workload(300, 5)
+    labels = exit_table(accelerate(model), workload.sequences).logits.argmax(2)  # [E, N]
+    assert float((labels == workload.labels).double().mean(1).min()) > 0.9
