@@ -29,6 +29,7 @@ from ragged_exit.bench.contenders import (
 )
 from ragged_exit.bench.environment import environment
 from ragged_exit.bench.measure import MARGIN, Measured, References, references
+from ragged_exit.bench.report import contender_row
 from ragged_exit.bench.workload import Workload
 from ragged_exit.executor import RaggedExecutor
 from ragged_exit.graphs import LayerGraphs
@@ -180,20 +181,8 @@ class CardReport:
         }
 
     def _row(self, item: Measured) -> dict[str, Any]:
-        return {
-            "name": item.contender.name,
-            "seconds": item.median,
-            "seconds_of_repeats": item.seconds,
-            "sequences_per_second": self.workload["sequences"] / item.median,
-            "accuracy": item.accuracy,
-            "speedup_vs_padded": self.ratio("padded", item.contender.name),
-            "share_of_matrix_rate": self.share_of_matrix_rate(item),
-            "decisions_match": item.matches,
-            "max_logit_error": item.max_logit_error,
-            "wrong_exits": item.wrong_exits,
-            "label_agreement": item.agreement,
-            "batch_size": item.size,
-        }
+        row = contender_row(item, self.workload["sequences"], self.ratio("padded", item.contender.name))
+        return row | {"share_of_matrix_rate": self.share_of_matrix_rate(item)}
 
     def write_json(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

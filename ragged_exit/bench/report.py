@@ -70,22 +70,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         rows = self.workload["sequences"]
-        contenders = [
-            {
-                "name": item.contender.name,
-                "seconds": item.median,
-                "seconds_of_repeats": item.seconds,
-                "sequences_per_second": rows / item.median,
-                "accuracy": item.accuracy,
-                "speedup_vs_padded": self.ratio("padded", item.contender.name),
-                "decisions_match": item.matches,
-                "max_logit_error": item.max_logit_error,
-                "wrong_exits": item.wrong_exits,
-                "label_agreement": item.agreement,
-                "batch_size": item.size,
-            }
-            for item in self.measured
-        ]
+        contenders = [contender_row(item, rows, self.ratio("padded", item.contender.name)) for item in self.measured]
         return {
             "environment": environment(),
             "title": self.title,
@@ -153,6 +138,23 @@ class Report:
         from ragged_exit.bench.plot import draw_report
 
         draw_report(self, path)
+
+
+def contender_row(item: Measured, rows: int, speedup_vs_padded: float | None) -> dict[str, Any]:
+    """A contender's entry in the JSON; ``rows`` were timed a repeat."""
+    return {
+        "name": item.contender.name,
+        "seconds": item.median,
+        "seconds_of_repeats": item.seconds,
+        "sequences_per_second": rows / item.median,
+        "accuracy": item.accuracy,
+        "speedup_vs_padded": speedup_vs_padded,
+        "decisions_match": item.matches,
+        "max_logit_error": item.max_logit_error,
+        "wrong_exits": item.wrong_exits,
+        "label_agreement": item.agreement,
+        "batch_size": item.size,
+    }
 
 
 def workload_facts(
