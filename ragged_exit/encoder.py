@@ -15,8 +15,7 @@ from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_buc
 from ragged_exit.linears import PackedLinear, check_activation
 from ragged_exit.ops import add_layer_norm, embed_layer_norm, varlen_attention
 
-# glibc maps fresh pages for every allocation past 32 MiB, and touching them costs more than the chunks' concatenation
-FEED_FORWARD_BYTES = 24 << 20
+FEED_FORWARD_BYTES = 12 << 20  # of the inner activations at a time: larger ones leave the caches before they are read
 
 
 class PackedEncoder:
@@ -165,8 +164,9 @@ class PackedEncoder:
         if x is None:
             raise ValueError("batch: expected hidden states; call embed first")
         x = self._attend(layer, x, batch)
-        chunks = [self._feed_forward(layer, chunk) for chunk in x.split(self._feed_forward_rows)]
-        return replace(batch, hidden=chunks[0] if len(chunks) == 1 else torch.cat(chunks))
+        for chunk in x.split(self._feed_forward_rows):
+            self._feed_forward(layer, chunk)
+        return replace(batch, hidden=x)
 
     def _attend(self, layer: _PackedLayer, x: Tensor, batch: RaggedBatch) -> Tensor:
         head_size = self.hidden_size // self.num_heads
@@ -182,13 +182,16 @@ class PackedEncoder:
         )
         return self._norm(*layer.attention_output.sum_with(context.view(x.shape), x), layer.attention_norm)
 
-    def _feed_forward(self, layer: _PackedLayer, x: Tensor) -> Tensor:
+    def _feed_forward(self, layer: _PackedLayer, x: Tensor) -> None:
+        """In place on x ``[rows, H]``."""
         inner = layer.feed_forward_up(x, self.activation)  # [rows, F]
-        return self._norm(*layer.feed_forward_down.sum_with(inner, x), layer.output_norm)
+        self._norm(*layer.feed_forward_down.sum_with(inner, x), layer.output_norm, out=x)
 
-    def _norm(self, x: Tensor, residual: Tensor | None, norm: Affine) -> Tensor:
+    def _norm(self, x: Tensor, residual: Tensor | None, norm: Affine, out: Tensor | None = None) -> Tensor:
         assert norm.bias is not None
-        return add_layer_norm(x, residual, norm.weight, norm.bias, self.norm_eps, self.norm_kind, impl=self.impl)
+        return add_layer_norm(
+            x, residual, norm.weight, norm.bias, self.norm_eps, self.norm_kind, out=out, impl=self.impl
+        )
 
 
 def _packed_linear(value: Affine) -> PackedLinear:

@@ -18,12 +18,14 @@ def add_layer_norm(
     eps: float,
     kind: str = "standard",
     *,
+    out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """LayerNorm of ``x + residual`` (``residual`` may be None) -> ``[T, H]`` in the dtype of ``x``, computed in fp32.
 
     x, residual: ``[T, H]``. weight, bias: ``[H]`` in the dtype of ``x``. kind: "standard", or "uer" (FastBERT: unbiased
-    standard deviation, ``eps`` added to it).
+    standard deviation, ``eps`` added to it). out: where to write, contiguous, with the shape and dtype of ``x``; may be
+    ``x`` or ``residual`` itself.
 
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device.
     """
@@ -35,6 +37,7 @@ def add_layer_norm(
         ("residual", residual, x.shape),
         ("weight", weight, x.shape[1:]),
         ("bias", bias, x.shape[1:]),
+        ("out", out, x.shape),
     ):
         if value is None:
             continue
@@ -42,7 +45,13 @@ def add_layer_norm(
             raise ValueError(f"{name}: expected {list(shape)} on {x.device}, got {list(value.shape)} on {value.device}")
         if value.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {value.dtype}")
-    return _add_layer_norm(x, residual, weight, bias, eps, kind, resolve_impl(impl, x.device))
+    impl = resolve_impl(impl, x.device)
+    if out is None:
+        return _add_layer_norm(x, residual, weight, bias, eps, kind, impl)
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
+    _add_layer_norm_into(out, x, residual, weight, bias, eps, kind, impl)
+    return out
 
 
 @torch.library.custom_op("ragged_exit::add_layer_norm", mutates_args=())
@@ -55,3 +64,10 @@ def _add_layer_norm(
 @_add_layer_norm.register_fake
 def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kind: str, impl: str) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("ragged_exit::add_layer_norm_into", mutates_args=("out",))
+def _add_layer_norm_into(
+    out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kind: str, impl: str
+) -> None:
+    implementation(impl).add_layer_norm(x, residual, weight, bias, eps, kind, out)

@@ -65,11 +65,12 @@ def add_layer_norm(
     bias: Tensor,  # [H]
     eps: float,
     kind: str,
+    out: Tensor | None = None,  # [T, H]
 ) -> Tensor:
     is_bf16 = _check_dtype(x)
+    out = x.new_empty(x.shape) if out is None else out
     x, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else _rows(residual)
-    out = x.new_empty(x.shape)
     _native.add_layer_norm(
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),

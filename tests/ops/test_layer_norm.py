@@ -159,6 +159,21 @@ def test_inputs_are_left_alone(impl, device):
         assert out.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_out(impl, dtype, device, kind):
+    """A slice of a larger buffer, x itself or the residual itself: the same bits, and nothing beside it is touched."""
+    x, residual, weight, bias = inputs(5, 77, 8, dtype, device)
+    expected = add_layer_norm(x, residual, weight, bias, 1e-6, kind, impl=impl)
+    buffer = torch.full((9, 77), 7.0, dtype=dtype, device=device)
+    buffer[2:7] = math.nan
+    for place in (buffer[2:7], x.clone(), residual.clone()):
+        given_x, given_residual = (place if torch.equal(place, value) else value for value in (x, residual))
+        out = add_layer_norm(given_x, given_residual, weight, bias, 1e-6, kind, out=place, impl=impl)
+        assert out is place
+        assert_same_values(place, expected)
+    assert (buffer[:2] == 7).all() and (buffer[7:] == 7).all()
+
+
 def test_errors_name_the_argument(impl, device):
     x, residual, weight, bias = inputs(4, 9, 7, torch.float32, device)
     with pytest.raises(ValueError, match=r"x: expected \[T, H\], got \[9\]"):
@@ -173,3 +188,9 @@ def test_errors_name_the_argument(impl, device):
         add_layer_norm(x, residual, weight, bias.to("meta"), 1e-6, impl=impl)
     with pytest.raises(TypeError, match="weight: expected the dtype of x"):
         add_layer_norm(x, residual, weight.double(), bias, 1e-6, impl=impl)
+    with pytest.raises(ValueError, match=r"out: expected \[4, 9\]"):
+        add_layer_norm(x, residual, weight, bias, 1e-6, out=x[:3], impl=impl)
+    with pytest.raises(TypeError, match="out: expected the dtype of x"):
+        add_layer_norm(x, residual, weight, bias, 1e-6, out=x.double(), impl=impl)
+    with pytest.raises(ValueError, match="out: expected a contiguous tensor"):
+        add_layer_norm(x, residual, weight, bias, 1e-6, out=x.T.contiguous().T, impl=impl)

@@ -16,7 +16,7 @@ from ragged_exit.ops.attention import _varlen_attention
 from ragged_exit.ops.compact import _compact
 from ragged_exit.ops.exit_decide import _exit_decide
 from ragged_exit.ops.exit_step import _exit_step
-from ragged_exit.ops.layer_norm import _add_layer_norm
+from ragged_exit.ops.layer_norm import _add_layer_norm, _add_layer_norm_into
 from ragged_exit.rules import DistanceEntropy, Entropy, ExitRule, LearnedUncertainty, Patience
 from ragged_exit.testing import assert_same_values, qkv_views, random_batch, random_head, random_state, seeded
 
@@ -109,6 +109,7 @@ def test_opcheck_add_layer_norm(impl, dtype, device):
     for kind in ("standard", "uer"):
         opcheck(_add_layer_norm, (x, residual, weight, bias, 1e-6, kind, impl))
         opcheck(_add_layer_norm, (torch.cat((x, x), 1)[:, 3:19], None, weight, bias, 1e-6, kind, impl))  # strided
+        opcheck(_add_layer_norm_into, (torch.empty_like(x), x, residual, weight, bias, 1e-6, kind, impl))
 
 
 class Layer(nn.Module):
@@ -128,6 +129,7 @@ class Layer(nn.Module):
         q, k, v = (part.view(-1, 2, 8) for part in (hidden @ self.qkv.T).split(16, dim=1))
         attended = varlen_attention(q, k, v, cu_seqlens, 4, 0.35, impl=self.impl).flatten(1)
         hidden = add_layer_norm(attended, hidden, self.weight, self.bias, 1e-6, impl=self.impl)
+        hidden = add_layer_norm(hidden * 2, None, self.weight, self.bias, 1e-6, out=hidden, impl=self.impl)
         spec = Entropy(1.0).spec
         absent = (None,) * 10
         first = _exit_step(

@@ -55,9 +55,10 @@ def add_layer_norm(
     bias: Tensor,  # [H]
     eps: float,
     kind: str,
+    out: Tensor | None = None,  # [T, H]
 ) -> Tensor:
     tokens, size = x.shape
-    out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, size), dtype=x.dtype, device=x.device) if out is None else out
     if tokens == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
