@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -76,11 +77,11 @@ class RaggedBatch:
     def rows(self) -> int:
         return self.seqlens.shape[0]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return int(self.seqlens.sum())
 
-    @property
+    @cached_property
     def max_seqlen(self) -> int:
         return int(self.seqlens.max()) if len(self.seqlens) else 0
 

@@ -48,8 +48,13 @@ class _Pool:
 
     def take(self, budget: int) -> tuple[int, RaggedBatch]:
         """Rows of at most ``budget`` tokens, or one row; a part that does not fit whole is cut."""
+        since, part = self.parts[0]
+        if part.tokens == self.tokens <= budget:  # all there is: no copy
+            self.parts.clear()
+            self.tokens = 0
+            return since, part
         taken: list[RaggedBatch] = []
-        entered, room = self.parts[0][0], budget
+        entered, room = since, budget
         while self.parts:
             since, part = self.parts.popleft()
             rows = int(torch.searchsorted(part.seqlens.cumsum(0), room, right=True))  # that fit
@@ -59,10 +64,9 @@ class _Pool:
                 self.parts.appendleft((since, part.part(rows, part.rows)))
                 if rows == 0:
                     break
-                part = part.part(0, rows)
-            taken.append(part)
+            taken.append(part.part(0, rows))
             entered = min(entered, since)
-            room -= part.tokens
+            room -= taken[-1].tokens
             if room <= 0:
                 break
         merged = RaggedBatch.merge(taken)
@@ -151,7 +155,7 @@ class SurvivorPools:
         entered, launched = self._flight.popleft()
         departure, survivors = self.executor.settle(launched, self._lessons)
         if survivors is not None:
-            self._pools[launched.number + 1].put(entered, survivors.part(0, survivors.rows))
+            self._pools[launched.number + 1].put(entered, survivors)
         if len(departure.sample_ids) == 0:
             return []
         self._teach(departure)
