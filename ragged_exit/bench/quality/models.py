@@ -58,7 +58,7 @@ class Budget:
 BUDGETS = {
     "sst2": Budget(30_000, 1, 1e-4, 64),
     "mrpc": Budget(None, 3, 1e-4, 32),
-    "rte": Budget(None, 2, 1e-4, 32),
+    "rte": Budget(None, 4, 1e-4, 32),
     "stsb": Budget(None, 3, 1e-4, 32),
 }
 
