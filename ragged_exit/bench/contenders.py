@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from ragged_exit.accelerate import AcceleratedModel
 from ragged_exit.batch import RaggedBatch
+from ragged_exit.bench.padded_layers import padded_embeddings, padded_layers
 from ragged_exit.bench.workload import Workload
 from ragged_exit.executor import RaggedExecutor, Stage
 from ragged_exit.linears import PackedLinear
@@ -111,17 +111,17 @@ def padded_exit(model: DeeBert, rule: ExitRule) -> Run:
 def _shrink_by_mask(
     model: DeeBert, rule: ExitRule, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    backbone: Any = model.backbone  # a Hugging Face encoder
-    hidden = backbone.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-    mask = create_bidirectional_mask(backbone.config, hidden, attention_mask)
+    layers = padded_layers(model.backbone)
+    hidden = padded_embeddings(model.backbone, input_ids, token_type_ids)
+    mask = create_bidirectional_mask(model.config, hidden, attention_mask)
     rows = torch.arange(len(input_ids))
     logits = torch.empty(len(rows), model.config.num_labels)
     exit_layer = torch.empty(len(rows), dtype=torch.int64)
     done = 0
     exits = model.exits()
     for number, (head, depth) in enumerate(exits):
-        for layer in range(done, depth):
-            output = backbone.encoder.layer[layer](hidden, mask)
+        for layer in layers[done:depth]:
+            output = layer(hidden, mask)
             hidden = output[0] if isinstance(output, tuple) else output
         done = depth
         answer = head(hidden, attention_mask, model.pooling)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ragged_exit.bench.workload import layer_sizes
 from ragged_exit.linears import PackedLinear
 
 
@@ -17,7 +18,7 @@ def linear_seconds(
     config: PretrainedConfig, lengths: Sequence[int], executed_layers: Tensor, dtype: torch.dtype, *, tokens: int = 2048
 ) -> float:
     """Seconds for the four linears of every executed layer of every row, at the rate measured for ``tokens`` tokens."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = layer_sizes(config)
     shapes = [(hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden)]
     linears = [PackedLinear(torch.randn(n, k, dtype=dtype), torch.zeros(n, dtype=dtype)) for k, n in shapes]
     inputs = [torch.randn(tokens, k, dtype=dtype) for k, _ in shapes]

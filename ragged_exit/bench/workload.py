@@ -47,9 +47,14 @@ class Workload:
         return 1 - sum(lengths) / padded
 
 
+def layer_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """(H, F) of a transformers configuration; DistilBERT calls F hidden_dim."""
+    return config.hidden_size, config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
+
+
 def layer_flops(config: PretrainedConfig, tokens: Tensor) -> Tensor:
     """FLOPs of one layer per row: 2 t (4 H^2 + 2 H F) + 4 t^2 H; tokens float64 ``[N]``."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = layer_sizes(config)
     return 2 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4 * tokens**2 * hidden
 
 

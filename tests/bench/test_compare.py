@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from transformers import BertConfig
+from transformers import AlbertConfig, BertConfig, DistilBertConfig, ElectraConfig
 
 import ragged_exit as rx
 from ragged_exit.bench import measure as measuring
@@ -17,17 +17,20 @@ from ragged_exit.bench.synthetic import uniform_exits
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
-@pytest.fixture(scope="module")
-def model():
+
+def random_model(config):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, num_labels=2
-    )
     model = rx.DeeBert(config, rx.Entropy(0.0)).eval()
     for head in (*model.highways, model.final):
         torch.nn.init.normal_(head.classifier.weight, std=2.0)
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(BertConfig(**SIZES, num_labels=2))
 
 
 def workload(rows: int, seed: int) -> Workload:
@@ -68,6 +71,26 @@ def test_every_contender_matches_its_reference(report):
         "ragged_full",
         "ragged",
     }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AlbertConfig(**SIZES, embedding_size=16, num_hidden_groups=2),
+        DistilBertConfig(vocab_size=50, dim=32, n_layers=3, n_heads=4, hidden_dim=48),
+        ElectraConfig(**SIZES, embedding_size=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_backbones_are_compared_too(config):
+    model = random_model(config)
+    rule = uniform_exits(exit_table(rx.accelerate(model), workload(60, 1).sequences))
+    arguments = (workload(40, 2), lambda number: workload(40, 100 + number))
+    found = compare(
+        "tiny", model, rule, *arguments, batch_size=8, dtype=torch.float32, repeats=1, say=lambda line: None
+    )
+    assert [item.contender.name for item in found.measured if not item.matches] == []
+    assert found.roofline_fraction > 0
 
 
 def test_uniform_exits_are_uniform(model, rule):
