@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
@@ -15,7 +17,7 @@ from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_buc
 from ragged_exit.linears import PackedLinear, check_activation
 from ragged_exit.ops import add_layer_norm, embed_layer_norm, varlen_attention
 
-FEED_FORWARD_BYTES = 12 << 20  # of the inner activations at a time: larger ones leave the caches before they are read
+PART_BYTES = 12 << 20  # of inner activations in a part on a CPU: larger ones leave the caches before they are read
 
 
 class PackedEncoder:
@@ -56,8 +58,7 @@ class PackedEncoder:
         packed = {id(layer): _PackedLayer(layer, affine) for layer in weights.layers}  # shared layers once
         self.layers = [packed[id(layer)] for layer in weights.layers]
         row_bytes = weights.layers[0].feed_forward_up.weight.shape[0] * self.word_embeddings.element_size()
-        on_cpu = device.type == "cpu"
-        self._feed_forward_rows = _rows_of(FEED_FORWARD_BYTES, row_bytes) if on_cpu else 1 << 30
+        self._part_tokens = max(1, PART_BYTES // row_bytes // SMALLEST_BUCKET) * SMALLEST_BUCKET
 
     @property
     def num_layers(self) -> int:
@@ -160,38 +161,75 @@ class PackedEncoder:
 
     def layer(self, index: int, batch: RaggedBatch) -> RaggedBatch:
         """Run layer ``index`` (0-based) on every token of the batch."""
-        layer, x = self.layers[index], batch.hidden
-        if x is None:
+        if batch.hidden is None:
             raise ValueError("batch: expected hidden states; call embed first")
-        x = self._attend(layer, x, batch)
-        for chunk in x.split(self._feed_forward_rows):
-            self._feed_forward(layer, chunk)
-        return replace(batch, hidden=x)
+        layer, out = self.layers[index], torch.empty_like(batch.hidden)
+        for part in self._parts(batch):
+            x = self._attend(layer, part.of(batch.hidden), part)
+            self._feed_forward(layer, x, out[part.start : part.start + part.tokens])
+        out[part.start + part.tokens :] = 0
+        return replace(batch, hidden=out)
 
-    def _attend(self, layer: _PackedLayer, x: Tensor, batch: RaggedBatch) -> Tensor:
+    def _parts(self, batch: RaggedBatch) -> list[_Part]:
+        """What runs at once: on a CPU whole sequences that fit the caches, in few sizes; on a GPU everything."""
+        assert batch.hidden is not None
+        capacity = len(batch.hidden)
+        if not batch.live_on_host:
+            return [_Part(0, capacity, capacity, batch.cu_seqlens, batch.max_seqlen)]
+        parts, ends = [], batch.seqlens.cumsum(0)
+        first = start = 0
+        while first < batch.rows:
+            last = max(first + 1, int(torch.searchsorted(ends, start + self._part_tokens, right=True)))
+            stop = int(ends[last - 1])
+            cu_seqlens, longest = batch.cu_seqlens[first : last + 1] - start, int(batch.seqlens[first:last].max())
+            parts.append(_Part(start, stop - start, token_bucket(stop - start), cu_seqlens, longest))
+            first, start = last, stop
+        return parts
+
+    def _attend(self, layer: _PackedLayer, x: Tensor, part: _Part) -> Tensor:
         head_size = self.hidden_size // self.num_heads
         qkv = layer.qkv(x).view(-1, 3, self.num_heads, head_size)  # [Tcap, 3, N, D]
         context = varlen_attention(
             qkv[:, 0],
             qkv[:, 1],
             qkv[:, 2],
-            batch.cu_seqlens,
-            batch.max_seqlen,
+            part.cu_seqlens,
+            part.longest,
             1 / math.sqrt(head_size),
             impl=self.impl,
         )
         return self._norm(*layer.attention_output.sum_with(context.view(x.shape), x), layer.attention_norm)
 
-    def _feed_forward(self, layer: _PackedLayer, x: Tensor) -> None:
-        """In place on x ``[rows, H]``."""
-        inner = layer.feed_forward_up(x, self.activation)  # [rows, F]
-        self._norm(*layer.feed_forward_down.sum_with(inner, x), layer.output_norm, out=x)
+    def _feed_forward(self, layer: _PackedLayer, x: Tensor, out: Tensor) -> None:
+        """Of x ``[size, H]``, as many tokens as ``out`` has."""
+        inner = layer.feed_forward_up(x, self.activation)  # [size, F]
+        total, residual = layer.feed_forward_down.sum_with(inner, x)
+        residual = None if residual is None else residual[: len(out)]
+        self._norm(total[: len(out)], residual, layer.output_norm, out)
 
     def _norm(self, x: Tensor, residual: Tensor | None, norm: Affine, out: Tensor | None = None) -> Tensor:
         assert norm.bias is not None
         return add_layer_norm(
             x, residual, norm.weight, norm.bias, self.norm_eps, self.norm_kind, out=out, impl=self.impl
         )
+
+
+class _Part(NamedTuple):
+    """Neighbouring sequences that run at once: ``tokens`` from ``start`` on, computed as ``size`` of them.
+
+    cu_seqlens: int32 ``[rows + 1]``, from 0. No token's outcome depends on the ``size - tokens`` that follow.
+    """
+
+    start: int
+    tokens: int
+    size: int
+    cu_seqlens: Tensor
+    longest: int
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """``[size, H]``"""
+        found = hidden[self.start : self.start + self.size]
+        return F.pad(found, (0, 0, 0, self.size - len(found))) if len(found) < self.size else found
 
 
 def _packed_linear(value: Affine) -> PackedLinear:
@@ -218,11 +256,6 @@ def _check_integers(name: str, values: Sequence[int]) -> None:
     for kind in set(map(type, listed)):
         if not issubclass(kind, Integral) or kind is bool:
             raise TypeError(f"{name}: expected integers, got {kind.__name__}")
-
-
-def _rows_of(size: int, row_bytes: int) -> int:
-    """How many rows fit into ``size`` bytes, as a multiple of the smallest bucket."""
-    return max(1, size // row_bytes // SMALLEST_BUCKET) * SMALLEST_BUCKET
 
 
 def _check_range(name: str, ids: Tensor | None, limit: int) -> None:

@@ -5,6 +5,7 @@ fp32 states are of the order of 1 and sum some hundred products a layer: 2e-5 is
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,7 @@ from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.linears import PackedLinear, check_activation, prepacking_available
+from ragged_exit.ops.dispatch import native_available
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 MASKS = ("none", "right", "left", "holes")
@@ -173,6 +175,33 @@ def test_the_encoder_is_a_snapshot() -> None:
             parameter.add_(1.0)
     for one, other in zip(before, layer_states(encoder, encoder.pack(ids, mask)), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [0, 5, 64])
+def test_parts_give_the_bits_of_the_whole(monkeypatch, dtype: torch.dtype, room: int) -> None:
+    """Parts of at most 32 tokens, a sequence longer than that, buffers with more or less room than parts ask for."""
+    encoder = PackedEncoder(
+        backbone_weights(tiny_backbone(bert_config(max_position_embeddings=80))),
+        impl=None,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    rows = [*random_rows(40), [5] * 80, *random_rows(9, seed=1), [6] * 33]
+    batch = encoder.embed(encoder.pack_sequences(rows))
+    live = batch.hidden[: batch.tokens]
+    batch = batch.with_hidden(F.pad(live, (0, 0, 0, room), value=math.nan))
+    expected = encoder.layer(0, batch).hidden
+    monkeypatch.setattr(encoder, "_part_tokens", 32)
+    parts = encoder._parts(batch)
+    assert len(parts) > 5 and sum(part.tokens for part in parts) == batch.tokens
+    assert {part.size for part in parts} == {32, 64, 96} and all(part.tokens <= part.size for part in parts)
+    found = encoder.layer(0, batch).hidden
+    if dtype == torch.float32 and native_available():
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
+    assert (found[batch.tokens :] == 0).all()
 
 
 def test_a_layer_does_not_change_its_input() -> None:
