@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.compare import compare
+from ragged_exit.bench.environment import one_process_for_all
 from ragged_exit.bench.peers import peers
 from ragged_exit.bench.synthetic import PROFILES, SHAPES, fit_heads, random_deebert, random_workload, uniform_exits
 from ragged_exit.calibration.exit_table import exit_table
@@ -53,7 +54,7 @@ def main(
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
-    torch.set_num_threads(threads)
+    one_process_for_all(threads)
     console = Console()
     if profile not in PROFILES or shape not in SHAPES:
         raise typer.BadParameter(f"expected a profile of {', '.join(PROFILES)} and a shape of {', '.join(SHAPES)}")

@@ -50,8 +50,9 @@ def bench(
     import torch  # here, so that --help answers at once
 
     from ragged_exit.bench.default import prepare, run_bench
+    from ragged_exit.bench.environment import one_process_for_all
 
-    torch.set_num_threads(threads)
+    one_process_for_all(threads)
     try:
         with console.status("preparing") as status:
 
