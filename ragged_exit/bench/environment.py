@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure was measured with."""
+"""What a figure was measured with: equal conditions for the contenders of a process, the machine, the versions."""
 
 from __future__ import annotations
 
