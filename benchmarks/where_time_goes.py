@@ -33,7 +33,7 @@ from ragged_exit.executor import RaggedExecutor
 SEED = 20
 WARM_UP = 2  # workloads, so that most kernels of this batch size are built
 OPS = {
-    "linears": ("mkldnn::_linear_pointwise",),
+    "linears": ("mkldnn::_linear_pointwise", "ragged_exit::tile_linear"),
     "attention": ("ragged_exit::varlen_attention",),
     "layer norm": ("ragged_exit::add_layer_norm", "ragged_exit::add_layer_norm_into"),
     "embeddings": ("ragged_exit::embed_layer_norm",),

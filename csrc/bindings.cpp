@@ -67,6 +67,12 @@ void bind_layer_norm(Address x, Address residual, Address weight, Address bias, 
     kernels().layer_norm(a);
 }
 
+void bind_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens, int64_t inputs,
+                 int64_t outputs, int64_t x_stride, bool gelu, int threads) {
+    linear({at<void>(x), at<void>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs, outputs,
+            x_stride, gelu, threads});
+}
+
 // The tensors of ExitArgs: (cu_seqlens, live, counter, previous, threshold) and the outputs in the order of ExitTensors.
 using ExitInputs = std::array<Address, 5>;
 using ExitOutputs = std::array<Address, 8>;
@@ -173,6 +179,8 @@ PYBIND11_MODULE(_native, module) {
     module.attr("isa") = kernels().isa;
     module.def("varlen_attention", bind_attention, without_gil);
     module.def("add_layer_norm", bind_layer_norm, without_gil);
+    module.attr("tiles_available") = tiles_available();
+    module.def("linear", bind_linear, without_gil);
     module.def("exit_step", bind_exit_step, without_gil);
     module.def("exit_decide", bind_exit_decide, without_gil);
     module.def("compact", bind_compact, without_gil);

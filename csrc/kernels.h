@@ -136,6 +136,22 @@ void compact(const CompactArgs& args, const GatherTensor* tokens, int64_t token_
 // Fills survivors, new_cu_seqlens and new_live from exits.
 void plan_survivors(const ExitArgs& args);
 
+// A bfloat16 linear on matrix tiles; inputs and outputs are multiples of 32.
+struct LinearArgs {
+    const void* x;         // Bf16 [tokens, inputs], rows `x_stride` apart
+    const void* weights;   // Bf16 panels [outputs / 32, inputs / 32, 2, 16, 32]: 16 outputs' pairs of inputs in a row
+    const float* bias;     // [outputs]
+    const void* residual;  // Bf16 [tokens, outputs], contiguous, or null
+    void* out;             // Bf16 [tokens, outputs], contiguous
+    int64_t tokens, inputs, outputs, x_stride;
+    bool gelu;  // not together with a residual
+    int threads;
+};
+
+// Whether processor, operating system and RAGGED_EXIT_ISA allow `linear`.
+bool tiles_available();
+void linear(const LinearArgs& args);
+
 // A buffer of at least `floats`, 64-byte aligned, that belongs to the calling thread until its next call: kernels run
 // thousands of times on similar sizes, and fresh pages would cost more than the small ones compute.
 float* workspace(int64_t floats);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import NamedTuple
@@ -37,6 +37,9 @@ class PackedEncoder:
         def affine(value: Affine) -> Affine:
             return Affine(own(value.weight), None if value.bias is None else own(value.bias))
 
+        def linear(value: Affine) -> PackedLinear:
+            return PackedLinear(own(value.weight), None if value.bias is None else own(value.bias), impl=impl)
+
         self.impl = impl
         self.dtype = dtype
         self.device = device
@@ -54,8 +57,8 @@ class PackedEncoder:
         )
         self.embedding_norm = affine(weights.embedding_norm)
         projection = weights.embedding_projection
-        self.embedding_projection = None if projection is None else _packed_linear(affine(projection))
-        packed = {id(layer): _PackedLayer(layer, affine) for layer in weights.layers}  # shared layers once
+        self.embedding_projection = None if projection is None else linear(projection)
+        packed = {id(layer): _PackedLayer(layer, affine, linear) for layer in weights.layers}  # shared layers once
         self.layers = [packed[id(layer)] for layer in weights.layers]
         row_bytes = weights.layers[0].feed_forward_up.weight.shape[0] * self.word_embeddings.element_size()
         self._part_tokens = max(1, PART_BYTES // row_bytes // SMALLEST_BUCKET) * SMALLEST_BUCKET
@@ -232,17 +235,12 @@ class _Part(NamedTuple):
         return F.pad(found, (0, 0, 0, self.size - len(found))) if len(found) < self.size else found
 
 
-def _packed_linear(value: Affine) -> PackedLinear:
-    return PackedLinear(value.weight, value.bias)
-
-
 class _PackedLayer:
     """The four linears and two norms of a layer."""
 
-    def __init__(self, weights: LayerWeights, affine) -> None:
-        def linear(value: Affine) -> PackedLinear:
-            return _packed_linear(affine(value))
-
+    def __init__(
+        self, weights: LayerWeights, affine: Callable[[Affine], Affine], linear: Callable[[Affine], PackedLinear]
+    ) -> None:
         self.qkv = linear(weights.qkv)
         self.attention_output = linear(weights.attention_output)
         self.attention_norm = affine(weights.attention_norm)

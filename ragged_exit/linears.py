@@ -1,4 +1,4 @@
-"""Linear layers of the accelerated forward: weights prepacked once for oneDNN where torch has it, plain otherwise."""
+"""Linear layers of the accelerated forward: weights packed once, for matrix tiles or for oneDNN."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ragged_exit.ops import fits_tiles, pack_tiles, resolve_impl, tile_linear, tiles_available
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),
@@ -18,12 +20,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-# post-ops that oneDNN fuses: (attr, algorithm)
-_FUSED = {
-    "gelu": ("gelu", "none"),
-    "gelu_new": ("gelu", "tanh"),
-    "gelu_pytorch_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
+# activations that each kind of linear has in its own pass; of oneDNN's: (attr, algorithm)
+_FUSED: dict[str, dict[str, tuple[str, str]]] = {
+    "tiles": {"gelu": ("", "")},
+    "onednn": {
+        "gelu": ("gelu", "none"),
+        "gelu_new": ("gelu", "tanh"),
+        "gelu_pytorch_tanh": ("gelu", "tanh"),
+        "relu": ("relu", ""),
+    },
+    "plain": {},
 }
 
 
@@ -48,32 +54,42 @@ def prepacking_available() -> bool:
 class PackedLinear:
     """y = act(x W^T + b), or the sum of x W^T + b and a residual, with a snapshot of the weights.
 
-    weight: ``[N, K]``, bias: ``[N]`` or None, in the dtype and on the device that the inputs will have.
+    weight: ``[N, K]``, bias: ``[N]`` or None, in the dtype and on the device that the inputs will have. impl: as every
+    op takes it. ``kind`` says what runs: "tiles" in bfloat16 on a CPU that has them (AMX), for sizes in multiples of 32
+    and unless ``impl`` is "reference"; else "onednn", prepacked, on a CPU where this torch has it; else "plain".
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, impl: str | None = None) -> None:
         self.bias = None if bias is None else bias.detach().clone()
-        self.weight = weight.detach().clone().contiguous()
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-        self.packed = on_cpu and prepacking_available()
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        if on_cpu and fits_tiles(weight) and resolve_impl(impl, weight.device) == "native" and tiles_available():
+            self.kind = "tiles"
+            self.tiles = pack_tiles(weight, bias)
+        elif on_cpu and prepacking_available():
+            self.kind = "onednn"
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        else:
+            self.kind = "plain"
+            self.weight = weight.detach().clone().contiguous()
 
     def __call__(self, x: Tensor, activation: str | None = None) -> Tensor:
         """x ``[T, K]`` -> ``[T, N]``, optionally through an activation (its Hugging Face name)."""
-        if not self.packed:
-            y = F.linear(x, self.weight, self.bias)
-            return y if activation is None else _ACTIVATIONS[activation](y)
-        if activation is not None and activation not in _FUSED:
+        if activation is not None and activation not in _FUSED[self.kind]:
             return _ACTIVATIONS[activation](self(x))
-        attr, algorithm = ("none", "") if activation is None else _FUSED[activation]
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
+        if self.kind == "tiles":
+            return tile_linear(x, self.tiles, gelu=activation is not None)
+        if self.kind == "onednn":
+            attr, algorithm = ("none", "") if activation is None else _FUSED["onednn"][activation]
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
+        return F.linear(x, self.weight, self.bias)
 
     def sum_with(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """x ``[T, K]``, residual ``[T, N]`` -> two summands of x W^T + b + residual; the second is None once added.
 
-        oneDNN adds the residual in the GEMM; elsewhere the LayerNorm kernel that follows adds it for free.
+        On a CPU the residual is added with the products; elsewhere the LayerNorm kernel that follows adds it for free.
         """
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias), residual
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add"), None
+        if self.kind == "tiles":
+            return tile_linear(x, self.tiles, residual=residual), None
+        if self.kind == "onednn":
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add"), None
+        return F.linear(x, self.weight, self.bias), residual

@@ -32,6 +32,7 @@ from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.linears import PackedLinear, check_activation, prepacking_available
+from ragged_exit.ops import tiles_available
 from ragged_exit.ops.dispatch import native_available
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -353,7 +354,7 @@ def test_packed_linear_is_linear(path: str, dtype: torch.dtype, rows: int, bias:
     weight, x = torch.randn(24, 40, dtype=dtype) / 40**0.5, torch.randn(rows, 40, dtype=dtype)
     offset = torch.randn(24, dtype=dtype) if bias else None
     linear = PackedLinear(weight, offset)
-    assert linear.packed == (path == "prepacked")
+    assert linear.kind == {"prepacked": "onednn", "plain": "plain"}[path]
     truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
     close = TOLERANCES[dtype]
     out = linear(x)
@@ -379,6 +380,30 @@ def test_packed_linear_is_a_snapshot(path: str) -> None:
     assert torch.equal(linear(x), before)
 
 
+@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_on_tiles_is_linear(bias: bool) -> None:
+    weight, x = (torch.randn(64, 96) / 96**0.5).bfloat16(), torch.randn(50, 96).bfloat16()
+    offset, residual = torch.randn(64).bfloat16() if bias else None, torch.randn(50, 64).bfloat16()
+    linear = PackedLinear(weight, offset)
+    assert linear.kind == "tiles"
+    truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    torch.testing.assert_close(linear(x).double(), truth, **TOLERANCES[torch.bfloat16])
+    for name, function in ACTIVATIONS.items():
+        torch.testing.assert_close(linear(x, name).double(), function(truth), **TOLERANCES[torch.bfloat16])
+    total, rest = linear.sum_with(x, residual)
+    assert rest is None
+    torch.testing.assert_close(total.double(), truth + residual.double(), **TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
+def test_tiles_are_for_what_fits_them_and_not_for_the_reference() -> None:
+    weight = torch.randn(64, 96).bfloat16()
+    assert PackedLinear(weight, None, impl="reference").kind != "tiles"
+    assert PackedLinear(weight.float(), None).kind != "tiles"
+    assert PackedLinear(weight[:, :95], None).kind != "tiles"
+
+
 def test_packed_linear_takes_weights_that_are_views(path: str) -> None:
     weight, x = torch.randn(16, 8).T, torch.randn(32, 16)
     torch.testing.assert_close(PackedLinear(weight, None)(x), F.linear(x, weight), rtol=0, atol=1e-5)
@@ -390,7 +415,7 @@ def test_the_encoder_is_the_same_without_prepacking(impl: str, monkeypatch: pyte
     backbone = tiny_backbone(bert_config())
     ids, mask = masked_inputs("holes")
     encoder = packed_encoder(backbone, impl)
-    assert not encoder.layers[0].qkv.packed
+    assert encoder.layers[0].qkv.kind == "plain"
     assert_states(layer_states(encoder, encoder.pack(ids, mask)), expected_states(backbone, ids, mask))
 
 

@@ -56,7 +56,7 @@ class PackedBranch:
     def __init__(self, branch: Branch, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:
         def packed(value: Affine) -> PackedLinear:
             assert value.bias is not None
-            return PackedLinear(value.weight.to(device, dtype), value.bias.to(device, dtype))
+            return PackedLinear(value.weight.to(device, dtype), value.bias.to(device, dtype), impl=impl)
 
         self.branch, self.impl, self.dtype, self.device = branch, impl, dtype, device
         attention = branch.self_atten

@@ -7,14 +7,20 @@ from ragged_exit.ops.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.exit_decide import exit_decide
 from ragged_exit.ops.exit_step import ExitDecision, exit_step
 from ragged_exit.ops.layer_norm import add_layer_norm
+from ragged_exit.ops.tile_linear import TileWeights, fits_tiles, pack_tiles, tile_linear, tiles_available
 
 __all__ = [
     "ExitDecision",
+    "TileWeights",
     "add_layer_norm",
     "compact",
     "embed_layer_norm",
     "exit_decide",
     "exit_step",
+    "fits_tiles",
+    "pack_tiles",
     "resolve_impl",
+    "tile_linear",
+    "tiles_available",
     "varlen_attention",
 ]

@@ -88,6 +88,31 @@ def add_layer_norm(
     return out
 
 
+def tile_linear(
+    x: Tensor,  # [T, K]
+    panels: Tensor,  # [N / 32, K / 32, 2, 16, 16, 2]
+    bias: Tensor,  # [N]
+    residual: Tensor | None,  # [T, N]
+    gelu: bool,
+) -> Tensor:
+    x = _rows(x)
+    residual = None if residual is None else residual.contiguous()
+    out = x.new_empty(x.shape[0], bias.shape[0])
+    _native.linear(
+        x.data_ptr(),
+        panels.data_ptr(),
+        bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        bias.shape[0],
+        x.stride(0),
+        gelu,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def embed_layer_norm(
     input_ids: Tensor,  # [T]
     position_ids: Tensor,  # [T]

@@ -5,5 +5,14 @@ from ragged_exit.ops.reference.compact import compact
 from ragged_exit.ops.reference.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.reference.exit import exit_decide, exit_step
 from ragged_exit.ops.reference.layer_norm import add_layer_norm
+from ragged_exit.ops.reference.tile_linear import tile_linear
 
-__all__ = ["add_layer_norm", "compact", "embed_layer_norm", "exit_decide", "exit_step", "varlen_attention"]
+__all__ = [
+    "add_layer_norm",
+    "compact",
+    "embed_layer_norm",
+    "exit_decide",
+    "exit_step",
+    "tile_linear",
+    "varlen_attention",
+]

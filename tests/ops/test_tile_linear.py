@@ -1,0 +1,211 @@
+"""tile_linear against float64.
+
+Tolerance: error <= 2 x that of PyTorch's own bfloat16 linear, then GELU or the sum, in float64 from its rounded result.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import seeds
+from torch import Tensor
+
+from ragged_exit.ops import TileWeights, pack_tiles, tile_linear, tiles_available
+from ragged_exit.ops.tile_linear import _tile_linear
+from ragged_exit.testing import assert_error_budget, assert_same_values, seeded
+
+no_tiles = pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
+KERNELS = ["reference", pytest.param("native", marks=no_tiles)]
+FINISHES = ("nothing", "gelu", "residual")
+
+
+def inputs(tokens: int, inner: int, outer: int, seed: int, gain: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = seeded(seed)
+    x, residual = (
+        torch.randn(tokens, inner, generator=generator) * gain,
+        torch.randn(tokens, outer, generator=generator),
+    )
+    weight, bias = torch.randn(outer, inner, generator=generator) / inner**0.5, torch.randn(outer, generator=generator)
+    return x.bfloat16(), weight.bfloat16(), bias.bfloat16(), residual.bfloat16()
+
+
+def finished(y: Tensor, finish: str, residual: Tensor) -> Tensor:
+    return F.gelu(y) if finish == "gelu" else y + residual if finish == "residual" else y
+
+
+def run(x: Tensor, weights: TileWeights, finish: str, residual: Tensor, kernel: str) -> Tensor:
+    return tile_linear(
+        x, weights, gelu=finish == "gelu", residual=residual if finish == "residual" else None, impl=kernel
+    )
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, finish: str, kernel: str, threads: int = 1
+) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    out = run(x, pack_tiles(weight, bias), finish, residual, kernel)
+    torch.set_num_threads(before)
+    assert out.shape == residual.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
+    oracle = finished(F.linear(x.double(), weight.double(), None if bias is None else bias.double()), finish, residual)
+    plain = finished(F.linear(x, weight, bias), finish, residual)
+    assert_error_budget(out, plain, oracle, torch.bfloat16)
+    return out
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    tokens=st.one_of(st.integers(1, 130), st.sampled_from((32, 64, 96, 500))),
+    inner=st.integers(1, 12).map(lambda blocks: 32 * blocks),
+    outer=st.integers(1, 12).map(lambda blocks: 32 * blocks),
+    bias=st.booleans(),
+    finish=st.sampled_from(FINISHES),
+    gain=st.sampled_from((0.1, 1.0, 4.0)),
+    threads=st.integers(1, 3),
+    seed=seeds,
+)
+def test_tile_linear(kernel, tokens, inner, outer, bias, finish, gain, threads, seed):
+    x, weight, offset, residual = inputs(tokens, inner, outer, seed, gain)
+    check(x, weight, offset if bias else None, residual, finish, kernel, threads)
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("inner", "outer"), [(768, 3072), (3072, 768), (1024, 4096)])
+def test_weights_beyond_a_cache(kernel, finish, inner, outer):
+    """The shapes of BERT-base and -large, whose weights a thread takes in several groups."""
+    x, weight, bias, residual = inputs(70, inner, outer, 1)
+    check(x, weight, bias, residual, finish, kernel, threads=2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gelu_over_its_whole_range(kernel):
+    """One input per value, so that the error is the activation's alone; beyond +-4.5 it is 0 or the value itself."""
+    weight = torch.zeros(32, 32).bfloat16()
+    weight[:, 0] = 1
+    values = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([0.0, -100.0, 100.0, 1e30, -1e30])]).bfloat16()
+    x = torch.zeros(len(values), 32).bfloat16()
+    x[:, 0] = values
+    out = tile_linear(x, pack_tiles(weight, None), gelu=True, impl=kernel)[:, 7].double()
+    expected = F.gelu(values.double())
+    error = (out - expected).abs() - expected.abs() * 2**-8
+    assert error.max() < 5e-5
+    assert out[-1].abs() < 5e-5
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_and_infinity_stay_in_their_token(kernel, finish):
+    x, weight, bias, residual = inputs(70, 64, 96, 2)
+    weights = pack_tiles(weight, bias)
+    clean = run(x, weights, finish, residual, kernel)
+    for bad in (math.nan, math.inf):
+        broken = x.clone()
+        broken[33, 5] = bad
+        after = run(broken, weights, finish, residual, kernel)
+        if math.isnan(bad):
+            assert after[33].isnan().all()
+        else:
+            assert not after[33][weight[:, 5] > 0].isfinite().any()  # PyTorch's own gelu(inf) is NaN
+        assert_same_values(after[:33], clean[:33])
+        assert_same_values(after[34:], clean[34:])
+
+
+@no_tiles
+@pytest.mark.parametrize("finish", FINISHES)
+def test_a_token_depends_on_itself_alone(finish):
+    """Bitwise: any neighbours, any place, any number of threads."""
+    x, weight, bias, residual = inputs(203, 96, 160, 3)
+    weights = pack_tiles(weight, bias)
+    together = run(x, weights, finish, residual, "native")
+    order = torch.randperm(203, generator=seeded(4))
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for chosen in (order, order[:1], order[:31], order[:32], order[:64], order[:65]):
+            some = run(x[chosen], weights, finish, residual[chosen], "native")
+            assert_same_values(some, together[chosen])
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strided_inputs(kernel):
+    x, weight, bias, residual = inputs(50, 64, 32, 5)
+    weights = pack_tiles(weight, bias)
+    expected = run(x, weights, "residual", residual, kernel)
+    wide = torch.full((50, 200), math.nan).bfloat16()
+    wide[:, 3:67] = x
+    assert_same_values(run(wide[:, 3:67], weights, "residual", residual, kernel), expected)
+    turned = x.T.contiguous().T  # the last dimension is not contiguous
+    assert_same_values(run(turned, weights, "residual", residual.T.contiguous().T, kernel), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_inputs_are_left_alone_and_weights_are_a_snapshot(kernel):
+    x, weight, bias, residual = inputs(40, 32, 64, 6)
+    copies = [value.clone() for value in (x, residual)]
+    weights = pack_tiles(weight, bias)
+    first = run(x, weights, "residual", residual, kernel)
+    weight.zero_()
+    bias.zero_()
+    assert_same_values(run(x, weights, "residual", residual, kernel), first)
+    for value, copy in zip((x, residual), copies, strict=True):
+        assert_same_values(value, copy)
+
+
+def test_a_float32_bias_is_copied_too():
+    _, weight, bias, _ = inputs(1, 32, 32, 7)
+    floats = bias.float()
+    weights = pack_tiles(weight, floats)
+    floats.zero_()
+    assert weights.bias.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_opcheck(kernel):
+    x, weight, bias, residual = inputs(5, 32, 64, 8)
+    weights = pack_tiles(weight, bias)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
+    for gelu, added in ((False, None), (True, None), (False, residual)):
+        found = torch.library.opcheck(_tile_linear, (x, *weights, added, gelu, kernel), test_utils=checks)
+        assert found == dict.fromkeys(checks, "SUCCESS")
+
+
+def test_errors_name_the_argument(monkeypatch):
+    x, weight, bias, residual = inputs(5, 32, 64, 9)
+    weights = pack_tiles(weight, bias)
+    for bad in (weight.float(), weight[:, :31], weight[:63], weight.to("meta"), weight[0]):
+        with pytest.raises(ValueError, match="weight: expected bfloat16"):
+            pack_tiles(bad, None)
+    with pytest.raises(ValueError, match=r"bias: expected \[64\], got \[63\]"):
+        pack_tiles(weight, bias[:63])
+    with pytest.raises(ValueError, match=r"x: expected \[T, 32\], got \[5, 31\]"):
+        tile_linear(x[:, :31], weights)
+    with pytest.raises(TypeError, match="x: expected bfloat16"):
+        tile_linear(x.float(), weights)
+    with pytest.raises(ValueError, match="x: expected a CPU tensor"):
+        tile_linear(x.to("meta"), weights)
+    with pytest.raises(ValueError, match=r"residual: expected \[5, 64\]"):
+        tile_linear(x, weights, residual=residual[:4])
+    with pytest.raises(TypeError, match="residual: expected bfloat16"):
+        tile_linear(x, weights, residual=residual.float())
+    with pytest.raises(ValueError, match="residual: expected None together with gelu"):
+        tile_linear(x, weights, residual=residual, gelu=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match='got "triton"'):
+        tile_linear(x, weights, impl="triton")
+
+
+def test_without_tiles_the_reference_runs_unless_native_was_asked_for(monkeypatch):
+    x, weight, bias, _ = inputs(5, 32, 64, 10)
+    weights = pack_tiles(weight, bias)
+    monkeypatch.setattr(sys.modules["ragged_exit.ops.tile_linear"], "tiles_available", lambda: False)
+    assert_same_values(tile_linear(x, weights), tile_linear(x, weights, impl="reference"))
+    with pytest.raises(RuntimeError, match=r"no matrix tiles|not built"):
+        tile_linear(x, weights, impl="native")
