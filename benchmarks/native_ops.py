@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ragged_exit.bench.environment import environment
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops import native, reference
+from ragged_exit.ops import native, pack_tiles, reference, tiles_available
 from ragged_exit.rules import Entropy
 
 Run = Callable[[], Tensor]
@@ -181,6 +181,45 @@ def attention_at_one_length(repeats: int) -> Iterator[Row]:
             yield Row("varlen_attention", case, bf16 * 1e3, "", "fp32 over bf16", ratio(seconds, bf16, equal), ">= 1")
 
 
+def tile_linears(repeats: int) -> Iterator[Row]:
+    """The four linears of a layer in bfloat16, each as the layer calls it, against oneDNN's prepacked one."""
+    if not tiles_available():
+        return
+    for hidden in (384, 768):
+        for inner, outer, finish in (
+            (hidden, 3 * hidden, ""),
+            (hidden, hidden, "residual"),
+            (hidden, 4 * hidden, "gelu"),
+            (4 * hidden, hidden, "residual"),
+        ):
+            weight, bias = (torch.randn(outer, inner) * inner**-0.5).bfloat16(), torch.randn(outer).bfloat16()
+            tiles, packed = pack_tiles(weight, bias), torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            for tokens in (512, 4096):
+                x, added = torch.randn(tokens, inner).bfloat16(), torch.randn(tokens, outer).bfloat16()
+
+                def ours(x=x, tiles=tiles, added=added, finish=finish) -> Tensor:
+                    return native.tile_linear(x, *tiles, added if finish == "residual" else None, finish == "gelu")
+
+                def theirs(x=x, packed=packed, bias=bias, added=added, finish=finish) -> Tensor:
+                    if finish == "residual":
+                        return torch.ops.mkldnn._linear_pointwise.binary(x, added, packed, bias, "add")
+                    attr, algorithm = ("gelu", "none") if finish else ("none", "")
+                    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, attr, [], algorithm)
+
+                wide = reference.tile_linear(x, *tiles, added if finish == "residual" else None, finish == "gelu")
+                equal = agrees(ours(), wide, torch.bfloat16)
+                seconds, other = medians([ours, theirs], repeats)
+                yield Row(
+                    "tile_linear",
+                    f"{tokens} tokens, {inner} to {outer}{', ' if finish else ''}{finish}",
+                    seconds * 1e3,
+                    f"{2 * tokens * inner * outer / seconds / 1e9:.0f} GFLOP/s",
+                    "oneDNN, prepacked",
+                    ratio(other, seconds, equal),
+                    ">= 1",
+                )
+
+
 def exit_steps(repeats: int) -> Iterator[Row]:
     """The fused step against the same steps in PyTorch with a prepacked pooler."""
     threshold, rule = torch.tensor([0.3]), Entropy(0.3)
@@ -293,7 +332,7 @@ def main() -> int:
 
     table = Table("op", "case", "ours ms", "rate", "against", "ratio", "target")
     rows: list[Row] = []
-    for measure in (attention_in_a_layer, attention_at_one_length, exit_steps, layer_norms, compactions):
+    for measure in (attention_in_a_layer, attention_at_one_length, tile_linears, exit_steps, layer_norms, compactions):
         for row in measure(arguments.repeats):
             rows.append(row)
             shown = "differs" if row.ratio is None else f"{row.ratio:.2f}"

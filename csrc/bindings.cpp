@@ -53,7 +53,8 @@ void bind_attention(Address q, Address k, Address v, Address out, Address cu_seq
     std::tie(a.v_token, a.v_head) = v_strides;
     a.scale = scale, a.bf16 = bf16, a.threads = threads;
     check_cu_seqlens("cu_seqlens", a.cu_seqlens, rows, tokens);
-    kernels().attention(a);
+    const bool on_tiles = bf16 && dim % 32 == 0 && tiles_available();
+    (on_tiles ? tile_attention : kernels().attention)(a);
 }
 
 void bind_layer_norm(Address x, Address residual, Address weight, Address bias, Address out, int64_t tokens,
@@ -67,10 +68,10 @@ void bind_layer_norm(Address x, Address residual, Address weight, Address bias, 
     kernels().layer_norm(a);
 }
 
-void bind_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens, int64_t inputs,
-                 int64_t outputs, int64_t x_stride, bool gelu, int threads) {
-    linear({at<void>(x), at<void>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs, outputs,
-            x_stride, gelu, threads});
+void bind_tile_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens,
+                      int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, int threads) {
+    tile_linear({at<void>(x), at<void>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs,
+                 outputs, x_stride, gelu, threads});
 }
 
 // The tensors of ExitArgs: (cu_seqlens, live, counter, previous, threshold) and the outputs in the order of ExitTensors.
@@ -180,7 +181,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("varlen_attention", bind_attention, without_gil);
     module.def("add_layer_norm", bind_layer_norm, without_gil);
     module.attr("tiles_available") = tiles_available();
-    module.def("linear", bind_linear, without_gil);
+    module.def("tile_linear", bind_tile_linear, without_gil);
     module.def("exit_step", bind_exit_step, without_gil);
     module.def("exit_decide", bind_exit_decide, without_gil);
     module.def("compact", bind_compact, without_gil);

@@ -6,10 +6,6 @@
 namespace ragged_exit {
 namespace RX_ISA {
 
-RX_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-RX_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-RX_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 RX_INLINE float scalar(float x) { return x; }
 RX_INLINE float scalar(Bf16 x) { return load_n(&x, 1)[0]; }
 

@@ -148,9 +148,10 @@ struct LinearArgs {
     int threads;
 };
 
-// Whether processor, operating system and RAGGED_EXIT_ISA allow `linear`.
+// Whether processor, operating system and RAGGED_EXIT_ISA allow the kernels on matrix tiles.
 bool tiles_available();
-void linear(const LinearArgs& args);
+void tile_linear(const LinearArgs& args);
+void tile_attention(const AttentionArgs& args);  // bfloat16, `dim` a multiple of 32
 
 // A buffer of at least `floats`, 64-byte aligned, that belongs to the calling thread until its next call: kernels run
 // thousands of times on similar sizes, and fresh pages would cost more than the small ones compute.

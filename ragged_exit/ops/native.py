@@ -98,7 +98,7 @@ def tile_linear(
     x = _rows(x)
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(x.shape[0], bias.shape[0])
-    _native.linear(
+    _native.tile_linear(
         x.data_ptr(),
         panels.data_ptr(),
         bias.data_ptr(),

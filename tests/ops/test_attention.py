@@ -87,6 +87,16 @@ def test_long_sequences(impl, dtype, device, length):
     assert_error_budget(out, plain, attention_oracle(q, k, v, lengths, 0.2), dtype)
 
 
+@pytest.mark.parametrize("layout", ["fused", "interleaved"])
+def test_many_heads_of_long_sequences(impl, dtype, device, layout):
+    """Too much for a cache at once: the tiles' kernel takes the heads in groups, here of 3, 3 and 1."""
+    lengths = [40, 3] if INTERPRETED else [300, 31, 1]
+    q, k, v = qkv_views(sum(lengths), 7, 64, seeded(9), dtype=dtype, device=device, layout=layout)
+    out = varlen_attention(q, k, v, bounds(lengths, device), max(lengths), 0.125, impl=impl)
+    plain = plain_attention(q, k, v, lengths, 0.125)
+    assert_error_budget(out, plain, attention_oracle(q, k, v, lengths, 0.125), dtype)
+
+
 def test_the_scale_counts(impl, device):
     """Scale 0 gives the mean of the values; a large one gives the value of the best key."""
     q, k, v = qkv_views(6, 1, 8, seeded(1), device=device)
