@@ -60,12 +60,13 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, impl: str | None = None) -> None:
-        self.bias = None if bias is None else bias.detach().clone()
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         if on_cpu and fits_tiles(weight) and resolve_impl(impl, weight.device) == "native" and tiles_available():
             self.kind = "tiles"
             self.tiles = pack_tiles(weight, bias)
-        elif on_cpu and prepacking_available():
+            return
+        self.bias = None if bias is None else bias.detach().clone()
+        if on_cpu and prepacking_available():
             self.kind = "onednn"
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         else:

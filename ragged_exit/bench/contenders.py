@@ -190,7 +190,7 @@ class _Prepacked(nn.Module):
         self.linear = PackedLinear(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+        return self.linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _in_batches(

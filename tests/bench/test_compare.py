@@ -12,7 +12,7 @@ from transformers import AlbertConfig, BertConfig, DistilBertConfig, ElectraConf
 import ragged_exit as rx
 from ragged_exit.bench import measure as measuring
 from ragged_exit.bench.compare import compare
-from ragged_exit.bench.contenders import Answers, contenders
+from ragged_exit.bench.contenders import Answers, contenders, with_prepacked_linears
 from ragged_exit.bench.synthetic import uniform_exits
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
@@ -91,6 +91,15 @@ def test_other_backbones_are_compared_too(config):
     )
     assert [item.contender.name for item in found.measured if not item.matches] == []
     assert found.roofline_fraction > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prepacked_linears_are_the_same_model(model, dtype):
+    plain = copy.deepcopy(model).to(dtype)
+    ids = torch.randint(0, 50, (3, 7))
+    with torch.inference_mode():
+        found, expected = (one(input_ids=ids).logits.float() for one in (with_prepacked_linears(plain), plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
 
 
 def test_uniform_exits_are_uniform(model, rule):
