@@ -1,17 +1,17 @@
 """Time and memory of `stream` against the number of sequences, their length, the token budget, depth and threads.
 
-python benchmarks/cost_curves.py [--shape small|tiny] [--curve sequences --curve length ...] [--largest N]
-                                 [--threads N] [--json F] [--plot F]
+python benchmarks/cost_curves.py [--shape small|tiny] [--dtype fp32|bf16] [--curve sequences --curve length ...]
+                                 [--largest N] [--threads N] [--json F] [--plot F]
 
-Random weights. Memory is the growth of the process's peak over what it held before the first sequence was read.
+Random weights. Memory is the process's peak over what it held before the first sequence was read (Linux).
 `tiny` has two layers of hidden size 64: for a million sequences in minutes.
 """
 
 from __future__ import annotations
 
+import functools
 import json as jsonlib
 import random
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +28,7 @@ from ragged_exit.bench.environment import environment
 from ragged_exit.bench.synthetic import SHAPES, random_deebert
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import threshold_for_layers
+from ragged_exit.cli import DType
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.rules import Entropy
 
@@ -44,31 +45,35 @@ def main(
         list[str] | None, typer.Option(help="sequences, length, budget, depth, threads (default: all)")
     ] = None,
     largest: Annotated[int, typer.Option(help="most sequences: a power of ten from 1,000")] = 10_000,
+    dtype: DType = DType.fp32,
     threads: int = 2,
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
     torch.set_num_threads(threads)
+    precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
     console = Console()
     model = _model(shape)
+    measure = functools.partial(_point, model, precision)
     curves: dict[str, Callable[[], list[dict[str, float]]]] = {
-        "sequences": lambda: [_point(model, n, n) for n in _powers(largest)],
-        "length": lambda: [_point(model, x, ROWS // (x // 8), length=x) for x in (8, 16, 32, 64, 128, 256)],
-        "budget": lambda: [_point(model, x, ROWS, budget=x) for x in (256, 1024, 4096, 16384)],
-        "depth": lambda: [_point(model, x, ROWS, speedup=x) for x in (1.0, 1.5, 2.0, 3.0, 4.0) if x <= _layers(model)],
-        "threads": lambda: [_with_threads(model, x) for x in range(1, threads + 1)],
+        "sequences": lambda: [measure(n, n) for n in _powers(largest)],
+        "length": lambda: [measure(x, ROWS // (x // 8), length=x) for x in (8, 16, 32, 64, 128, 256)],
+        "budget": lambda: [measure(x, ROWS, budget=x) for x in (256, 1024, 4096, 16384)],
+        "depth": lambda: [measure(x, ROWS, speedup=x) for x in (1.0, 1.5, 2.0, 3.0, 4.0) if x <= _layers(model)],
+        "threads": lambda: [_with_threads(x, measure) for x in range(1, threads + 1)],
     }
     found = {}
     for name in curve or curves:
         found[name] = curves[name]()
-        table = Table(name, "sequences/s", "seconds", "memory, MB", title=f"{shape}: {name}")
+        table = Table(name, "sequences/s", "seconds", "memory, MB", title=f"{shape}, {dtype.value}: {name}")
         for point in found[name]:
             table.add_row(*(f"{point[key]:,.6g}" for key in ("at", "rate", "seconds", "megabytes")))
         console.print(table)
     if json is not None:
-        json.write_text(jsonlib.dumps({"environment": environment(), "shape": shape, "curves": found}, indent=1) + "\n")
+        kind = {"shape": shape, "dtype": dtype.value}
+        json.write_text(jsonlib.dumps({"environment": environment(), **kind, "curves": found}, indent=1) + "\n")
     if plot is not None:
-        _draw(found, shape, plot)
+        _draw(found, f"{shape}, {dtype.value}", plot)
 
 
 def _model(shape: str) -> DeeBert:
@@ -94,21 +99,28 @@ def _sequences(rows: int, mean: int, seed: int) -> Iterator[list[int]]:
         yield [1000 + (first + 7919 * place) % 29_000 for place in range(length)]
 
 
-def _fast(model: DeeBert, speedup: float, mean: int) -> AcceleratedModel:
+def _fast(model: DeeBert, dtype: torch.dtype, speedup: float, mean: int) -> AcceleratedModel:
     """At the threshold under which 1 / speedup of the layers are run."""
     sample = list(_sequences(256, mean, 99))
     table = exit_table(accelerate(model), sample)
     mean_layers = max(_layers(model) / speedup, 1.1)  # some rows must stay past the first
-    return accelerate(model, threshold=threshold_for_layers(table, mean_layers))
+    return accelerate(model, threshold=threshold_for_layers(table, mean_layers), dtype=dtype)
 
 
 def _point(
-    model: DeeBert, at: float, rows: int, *, length: int = MEAN_LENGTH, budget: int = BUDGET, speedup: float = SPEEDUP
+    model: DeeBert,
+    dtype: torch.dtype,
+    at: float,
+    rows: int,
+    *,
+    length: int = MEAN_LENGTH,
+    budget: int = BUDGET,
+    speedup: float = SPEEDUP,
 ) -> dict[str, float]:
-    fast = _fast(model, speedup, length)
+    fast = _fast(model, dtype, speedup, length)
     for _ in fast.stream(_sequences(200, length, 1), token_budget=budget):
         pass
-    before, start, layers = _peak(), time.perf_counter(), 0
+    before, start, layers = _new_peak(), time.perf_counter(), 0
     for result in fast.stream(_sequences(rows, length, 2), token_budget=budget):
         layers += result.executed_layers or 0
     seconds = time.perf_counter() - start
@@ -122,21 +134,28 @@ def _point(
     }
 
 
-def _with_threads(model: DeeBert, count: int) -> dict[str, float]:
+def _with_threads(count: int, measure: Callable[..., dict[str, float]]) -> dict[str, float]:
     torch.set_num_threads(count)
-    return _point(model, count, ROWS)
+    return measure(count, ROWS)
+
+
+def _new_peak() -> float:
+    """Forget the largest resident set of the process so far; what it holds now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
 
 
 def _peak() -> float:
-    """Bytes of the largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of the largest resident set since ``_new_peak``."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def _powers(largest: int) -> list[int]:
     return [10**power for power in range(3, 10) if 10**power <= largest]
 
 
-def _draw(found: dict[str, list[dict[str, Any]]], shape: str, path: Path) -> None:
+def _draw(found: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,7 +165,7 @@ def _draw(found: dict[str, list[dict[str, Any]]], shape: str, path: Path) -> Non
     for (name, points), axis in zip(found.items(), axes[0], strict=True):
         at = [point["at"] for point in points]
         axis.plot(at, [point["rate"] for point in points], "o-", color="#4477aa")
-        axis.set(xlabel=name, ylabel="sequences per second", title=f"{shape}: {name}", ylim=(0, None))
+        axis.set(xlabel=name, ylabel="sequences per second", title=f"{title}: {name}", ylim=(0, None))
         if name in ("sequences", "length", "budget"):
             axis.set_xscale("log")
         memory = axis.twinx()

@@ -68,6 +68,28 @@ void bind_layer_norm(Address x, Address residual, Address weight, Address bias, 
     kernels().layer_norm(a);
 }
 
+void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t rows) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= rows) {
+            throw std::invalid_argument(std::string(name) + ": expected 0 to " + std::to_string(rows - 1) + ", got " +
+                                        std::to_string(ids[i]));
+        }
+    }
+}
+
+// ids: of words, positions, token types (or null); tables: the same, and their rows.
+void bind_embed_layer_norm(const std::array<Address, 3>& ids, const std::array<Address, 3>& tables,
+                           const std::array<int64_t, 3>& rows, Address weight, Address bias, Address out, int64_t tokens,
+                           int64_t width, float eps, bool uer, bool bf16, int threads) {
+    const char* names[] = {"input_ids", "position_ids", "token_type_ids"};
+    for (int i = 0; i < 3; ++i) {
+        if (ids[i]) check_ids(names[i], at<int64_t>(ids[i]), tokens, rows[i]);
+    }
+    kernels().embed_layer_norm({at<int64_t>(ids[0]), at<int64_t>(ids[1]), at<int64_t>(ids[2]), at<void>(tables[0]),
+                                at<void>(tables[1]), at<void>(tables[2]), at<void>(weight), at<void>(bias), at<void>(out),
+                                tokens, width, eps, uer, bf16, threads});
+}
+
 void bind_tile_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens,
                       int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, int threads) {
     tile_linear({at<void>(x), at<void>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs,
@@ -180,6 +202,7 @@ PYBIND11_MODULE(_native, module) {
     module.attr("isa") = kernels().isa;
     module.def("varlen_attention", bind_attention, without_gil);
     module.def("add_layer_norm", bind_layer_norm, without_gil);
+    module.def("embed_layer_norm", bind_embed_layer_norm, without_gil);
     module.attr("tiles_available") = tiles_available();
     module.def("tile_linear", bind_tile_linear, without_gil);
     module.def("exit_step", bind_exit_step, without_gil);

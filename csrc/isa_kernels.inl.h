@@ -44,8 +44,8 @@ void tanh_array(const float* x, float* y, int64_t n) {
 #define RX_TEXT(name) RX_TEXT_OF(name)
 #define RX_TEXT_OF(name) #name
 extern const Kernels table;
-const Kernels table = {RX_TEXT(RX_ISA), attention,  layer_norm, exit_step, exit_decide,
-                       exp_array,       exp2_array, tanh_array};
+const Kernels table = {RX_TEXT(RX_ISA), attention, layer_norm, embed_layer_norm, exit_step,
+                       exit_decide,     exp_array, exp2_array, tanh_array};
 
 }  // namespace RX_ISA
 }  // namespace ragged_exit

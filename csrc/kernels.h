@@ -35,6 +35,21 @@ struct LayerNormArgs {
     int threads;
 };
 
+// Tables are T [*, width], contiguous; the ids have been checked against them.
+struct EmbedArgs {
+    const int64_t *input_ids, *position_ids;  // [tokens]
+    const int64_t* token_type_ids;            // the same, or null: all 0
+    const void *word, *position;
+    const void* token_type;     // or null
+    const void *weight, *bias;  // T [width]
+    void* out;                  // T [tokens, width], contiguous
+    int64_t tokens, width;
+    float eps;
+    bool uer;
+    bool bf16;
+    int threads;
+};
+
 enum class Score {
     entropy_exact,
     entropy_hf,
@@ -103,6 +118,7 @@ struct Kernels {
     const char* isa;
     void (*attention)(const AttentionArgs&);
     void (*layer_norm)(const LayerNormArgs&);
+    void (*embed_layer_norm)(const EmbedArgs&);
     void (*exit_step)(const HeadArgs&, const ExitArgs&);
     void (*exit_decide)(const DecideArgs&, const ExitArgs&);
     // The functions of math.inl.h over arrays of n floats, for accuracy tests.

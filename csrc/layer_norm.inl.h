@@ -1,21 +1,28 @@
-// Residual add and LayerNorm: a row is summed into an L1 buffer as it is read, then normalised from there.
+// Residual add or embeddings, and LayerNorm: a row is summed into an L1 buffer as it is read, then normalised from there.
 
 namespace ragged_exit {
 namespace RX_ISA {
 
 constexpr int kSums = 4;  // independent sums: one would wait for its own last addition
 
-template <typename T>
-void normalise_row(const LayerNormArgs& a, int64_t row, const float* weight, const float* bias, float* buffer) {
-    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-    const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
-    T* out = static_cast<T*>(a.out) + row * a.width;
-    const int64_t whole = a.width / kWidth * kWidth, rest = a.width - whole;
+// How a row is normalised: what layer_norm and embed_layer_norm share. weight and bias are widened, buffer holds a row.
+struct Norm {
+    int64_t width;
+    float eps;
+    bool uer;
+    const float *weight, *bias;
+    float* buffer;
+};
+
+// Row of `norm.width` numbers -> out: read(i, n) gives numbers i to i + n as a Vec, ahead(i) fetches the next row's.
+template <typename T, typename Read, typename Ahead>
+RX_INLINE void normalise_row(const Norm& norm, Read read, Ahead ahead, T* out) {
+    const int64_t whole = norm.width / kWidth * kWidth, rest = norm.width - whole;
+    float* buffer = norm.buffer;
 
     Vec totals[kSums] = {};
     const auto add = [&](int64_t i, Vec& total) {
-        Vec y = load(x + i);
-        if (residual) y = y + load(residual + i);
+        const Vec y = read(i, kWidth);
         store(buffer + i, y);
         total = total + y;
         __builtin_prefetch(out + i, 1);
@@ -25,19 +32,17 @@ void normalise_row(const LayerNormArgs& a, int64_t row, const float* weight, con
         for (int n = 0; n < kSums; ++n) add(i + n * kWidth, totals[n]);
     for (; i < whole; i += kWidth) add(i, totals[0]);
     if (rest) {
-        Vec y = load_n(x + whole, rest);
-        if (residual) y = y + load_n(residual + whole, rest);
+        const Vec y = read(whole, rest);
         store(buffer + whole, y);
         totals[0] = totals[0] + y;
     }
-    const Vec mean = set1(sum((totals[0] + totals[1]) + (totals[2] + totals[3])) / static_cast<float>(a.width));
+    const Vec mean = set1(sum((totals[0] + totals[1]) + (totals[2] + totals[3])) / static_cast<float>(norm.width));
 
     Vec squares[kSums] = {};
     const auto square = [&](int64_t i, Vec& total) {
         const Vec centred = load(buffer + i) - mean;
         total = fma(centred, centred, total);
-        __builtin_prefetch(x + a.x_stride + i);  // the next row, while this one keeps to L1
-        if (residual) __builtin_prefetch(residual + a.residual_stride + i);
+        ahead(i);  // the next row, while this one keeps to L1
     };
     for (i = 0; i + kSums * kWidth <= whole; i += kSums * kWidth)
         for (int n = 0; n < kSums; ++n) square(i + n * kWidth, squares[n]);
@@ -47,37 +52,81 @@ void normalise_row(const LayerNormArgs& a, int64_t row, const float* weight, con
         squares[0] = fma(centred, centred, squares[0]);
     }
     const float deviations = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const float factor = a.uer ? 1.0f / (std::sqrt(deviations / static_cast<float>(a.width - 1)) + a.eps)
-                               : 1.0f / std::sqrt(deviations / static_cast<float>(a.width) + a.eps);
+    const float factor = norm.uer
+                             ? 1.0f / (std::sqrt(deviations / static_cast<float>(norm.width - 1)) + norm.eps)
+                             : 1.0f / std::sqrt(deviations / static_cast<float>(norm.width) + norm.eps);
 
     for (i = 0; i < whole; i += kWidth) {
         const Vec normalised = (load(buffer + i) - mean) * set1(factor);
-        store(out + i, fma(normalised, load(weight + i), load(bias + i)));
+        store(out + i, fma(normalised, load(norm.weight + i), load(norm.bias + i)));
     }
     if (rest) {
         const Vec normalised = (load(buffer + whole) - mean) * set1(factor);
-        store_n(out + whole, fma(normalised, load_n(weight + whole, rest), load_n(bias + whole, rest)), rest);
+        store_n(out + whole, fma(normalised, load_n(norm.weight + whole, rest), load_n(norm.bias + whole, rest)), rest);
+    }
+}
+
+// Calls row(norm, index) for every row, on all threads.
+template <typename T, typename Row>
+RX_INLINE void normalise_rows(const void* weight, const void* bias, int64_t rows, int64_t width, float eps, bool uer,
+                              int threads, Row row) {
+    const int64_t row_floats = round_up(width, 16);
+    float* memory = workspace(row_floats * (2 + threads));
+    for (int64_t i = 0; i < width; ++i) {  // widened once: every row reads them
+        memory[i] = scalar(static_cast<const T*>(weight)[i]);
+        memory[row_floats + i] = scalar(static_cast<const T*>(bias)[i]);
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float* buffer = memory + row_floats * (2 + omp_get_thread_num());
+        const Norm norm{width, eps, uer, memory, memory + row_floats, buffer};
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < rows; ++index) row(norm, index);
     }
 }
 
 template <typename T>
+RX_INLINE Vec load_some(const T* source, int64_t n) {
+    return n == kWidth ? load(source) : load_n(source, n);
+}
+
+template <typename T>
 void layer_norm_of(const LayerNormArgs& a) {
-    const int64_t row_floats = round_up(a.width, 16);
-    float* memory = workspace(row_floats * (2 + a.threads));
-    float *weight = memory, *bias = memory + row_floats, *buffers = memory + 2 * row_floats;
-    for (int64_t i = 0; i < a.width; ++i) {  // widened once: every row reads them
-        weight[i] = scalar(static_cast<const T*>(a.weight)[i]);
-        bias[i] = scalar(static_cast<const T*>(a.bias)[i]);
-    }
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
-        float* buffer = buffers + row_floats * omp_get_thread_num();
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.tokens; ++row) normalise_row<T>(a, row, weight, bias, buffer);
-    }
+    normalise_rows<T>(a.weight, a.bias, a.tokens, a.width, a.eps, a.uer, a.threads, [&](const Norm& norm, int64_t row) {
+        const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+        const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+        const auto read = [&](int64_t i, int64_t n) {
+            const Vec y = load_some(x + i, n);
+            return residual ? y + load_some(residual + i, n) : y;
+        };
+        const auto ahead = [&](int64_t i) {
+            __builtin_prefetch(x + a.x_stride + i);
+            if (residual) __builtin_prefetch(residual + a.residual_stride + i);
+        };
+        normalise_row(norm, read, ahead, static_cast<T*>(a.out) + row * a.width);
+    });
 }
 
 void layer_norm(const LayerNormArgs& a) { a.bf16 ? layer_norm_of<Bf16>(a) : layer_norm_of<float>(a); }
+
+template <typename T>
+void embed_layer_norm_of(const EmbedArgs& a) {
+    const T *words = static_cast<const T*>(a.word), *positions = static_cast<const T*>(a.position);
+    const T* types = static_cast<const T*>(a.token_type);
+    normalise_rows<T>(a.weight, a.bias, a.tokens, a.width, a.eps, a.uer, a.threads, [&](const Norm& norm, int64_t token) {
+        const T* word = words + a.input_ids[token] * a.width;
+        const T* next = words + a.input_ids[smaller(token + 1, a.tokens - 1)] * a.width;
+        const T* position = positions + a.position_ids[token] * a.width;
+        const T* type = types ? types + (a.token_type_ids ? a.token_type_ids[token] : 0) * a.width : nullptr;
+        const auto read = [&](int64_t i, int64_t n) {
+            const Vec y = load_some(word + i, n) + load_some(position + i, n);
+            return type ? y + load_some(type + i, n) : y;
+        };
+        normalise_row(norm, read, [&](int64_t i) { __builtin_prefetch(next + i); }, static_cast<T*>(a.out) + token * a.width);
+    });
+}
+
+void embed_layer_norm(const EmbedArgs& a) { a.bf16 ? embed_layer_norm_of<Bf16>(a) : embed_layer_norm_of<float>(a); }
 
 }  // namespace RX_ISA
 }  // namespace ragged_exit

@@ -125,12 +125,25 @@ def embed_layer_norm(
     eps: float,
     kind: str,
 ) -> Tensor:
-    """PyTorch's gathers, which are as fast as memory, and our LayerNorm."""
-    total = F.embedding(input_ids, word).float()  # [T, H]
-    total += F.embedding(position_ids, position)
-    if token_type is not None:
-        total += token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type)
-    return add_layer_norm(total, None, weight.float(), bias.float(), eps, kind).to(word.dtype)
+    is_bf16 = _check_dtype(word)
+    out = word.new_empty(input_ids.shape[0], word.shape[1])
+    ids = [None if value is None else value.contiguous() for value in (input_ids, position_ids, token_type_ids)]
+    tables = [None if value is None else value.contiguous() for value in (word, position, token_type)]
+    weight, bias = weight.contiguous(), bias.contiguous()
+    _native.embed_layer_norm(
+        _addresses(ids),
+        _addresses(tables),
+        [0 if table is None else len(table) for table in tables],
+        weight.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        *out.shape,
+        eps,
+        kind == "uer",
+        is_bf16,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def exit_step(

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import one_thread  # noqa: F401  (autouse)
+
+from ragged_exit.cli import DType
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def curves():
 
 
 def test_points_and_picture(curves, tmp_path):
-    curves.main("tiny", ["sequences", "depth"], 1000, 1, tmp_path / "c.json", tmp_path / "c.png")
+    curves.main("tiny", ["sequences", "depth"], 1000, DType.fp32, 1, tmp_path / "c.json", tmp_path / "c.png")
     found = json.loads((tmp_path / "c.json").read_text())["curves"]
     assert [point["sequences"] for point in found["sequences"]] == [1000]
     speedups = [point["layer_speedup"] for point in found["depth"]]
@@ -30,5 +33,5 @@ def test_points_and_picture(curves, tmp_path):
 
 def test_memory_is_flat(curves):
     model = curves._model("tiny")
-    short, long = (curves._point(model, 0, rows) for rows in (5_000, 40_000))
+    short, long = (curves._point(model, torch.float32, 0, rows) for rows in (5_000, 40_000))
     assert long["megabytes"] < 60 and short["megabytes"] < 300
