@@ -239,20 +239,20 @@ class RaggedBatch:
 
     @classmethod
     def merge(cls, parts: Sequence[RaggedBatch]) -> RaggedBatch:
-        """The rows of all ``parts`` (``part``'s results, with the same fields and state) one after the other.
+        """The live rows of all ``parts`` (with the same fields and state) one after the other.
 
-        hidden gets the capacity ``token_bucket(T)``, with zeros past the live tokens.
+        hidden gets the capacity ``token_bucket(T)``, with zeros past the live tokens. ``seqlens`` must be the truth.
         """
         merged = cls.from_seqlens(
             torch.cat([part.seqlens for part in parts]),
             parts[0].device,
-            sample_ids=torch.cat([part.sample_ids for part in parts]),
-            state={name: torch.cat([part.state[name] for part in parts]) for name in parts[0].state},
+            sample_ids=torch.cat([part.sample_ids[: part.rows] for part in parts]),
+            state={name: torch.cat([part.state[name][: part.rows] for part in parts]) for name in parts[0].state},
         )
         for name in TOKEN_FIELDS:
-            values = [getattr(part, name) for part in parts]
-            if values[0] is None:
+            if getattr(parts[0], name) is None:
                 continue
+            values = [getattr(part, name)[: part.tokens] for part in parts]
             if name == "hidden":
                 values.append(values[0].new_zeros(token_bucket(merged.tokens) - merged.tokens, values[0].shape[1]))
             setattr(merged, name, torch.cat(values))

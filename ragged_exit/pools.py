@@ -64,7 +64,8 @@ class _Pool:
                 self.parts.appendleft((since, part.part(rows, part.rows)))
                 if rows == 0:
                     break
-            taken.append(part.part(0, rows))
+                part = part.part(0, rows)
+            taken.append(part)
             entered = min(entered, since)
             room -= taken[-1].tokens
             if room <= 0:
@@ -166,19 +167,16 @@ class SurvivorPools:
         numbers = list(self._cohorts)
         firsts = torch.tensor([cohort.first for cohort in self._cohorts.values()])
         places = torch.searchsorted(firsts, departure.sample_ids, right=True) - 1
+        order, sizes = places.argsort(stable=True), places.bincount(minlength=len(numbers)).tolist()
+        values = (departure.sample_ids, departure.logits, departure.score)
+        shares = zip(*(value[order].split(sizes) for value in values), strict=True)
         finished = []
-        for place in places.unique().tolist():
-            number, own = numbers[place], places == place
+        for number, size, (ids, logits, score) in zip(numbers, sizes, shares, strict=True):
+            if size == 0:
+                continue
             cohort = self._cohorts[number]
-            cohort.departures.append(
-                Departure(
-                    departure.stage,
-                    departure.sample_ids[own] - cohort.first,
-                    departure.logits[own],
-                    departure.score[own],
-                )
-            )
-            cohort.left += int(own.sum())
+            cohort.departures.append(Departure(departure.stage, ids - cohort.first, logits, score))
+            cohort.left += size
             if cohort.left == cohort.rows:
                 del self._cohorts[number]
                 finished.append(Finished(number, conclude(cohort.rows, cohort.departures, ())))

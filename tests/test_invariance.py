@@ -1,4 +1,4 @@
-"""The promise of the native CPU path in fp32: a row's bits depend on that row alone, not on neighbours or place.
+"""The promise of the native CPU path, in fp32 and on tiles: a row's bits depend on that row alone, not on its place.
 
 Not "close": equal to the bit, in logits, score and exit layer, however 500 rows are grouped and ordered.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 import ragged_exit as rx
 from ragged_exit.executor import ExitRecord
 from ragged_exit.linears import prepacking_available
+from ragged_exit.ops import tiles_available
 from ragged_exit.testing.compare import quiet_threshold
 
 pytestmark = [
@@ -64,17 +65,25 @@ def bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int32) if values.dtype == torch.float32 else values
 
 
-def make(rows: int, longest: int, *, pooling: str = "cls", rule: rx.ExitRule | None = None, **config: int) -> Case:
+def make(
+    rows: int,
+    longest: int,
+    *,
+    pooling: str = "cls",
+    rule: rx.ExitRule | None = None,
+    dtype: torch.dtype = torch.float32,
+    **config: int,
+) -> Case:
     """The default rule is an entropy whose threshold spreads the rows over the exits."""
     model = tiny_deebert(bert_config(max_position_embeddings=longest, **config), pooling=pooling)
-    fast = rx.accelerate(model, threshold=-1.0, impl="native")
+    fast = rx.accelerate(model, threshold=-1.0, impl="native", dtype=dtype)
     sequences = random_rows(rows, seed=7, longest=longest)
     case = Case(fast, sequences, alone=None)  # type: ignore[arg-type]
     if rule is None:
         scores: list[Tensor] = []
         fast.executor.run(fast.encoder.pack_sequences(sequences), lambda decision: scores.append(decision.score))
         rule = rx.Entropy([quiet_threshold(score, 0.3) for score in scores])
-    case.fast = rx.accelerate(model, rule=rule, impl="native")
+    case.fast = rx.accelerate(model, rule=rule, impl="native", dtype=dtype)
     with threads(1):  # a fixture of a module does not have the thread count of its tests
         singles = [case.run([place]) for place in range(rows)]
     case.alone = ExitRecord(*(torch.cat(columns) for columns in zip(*singles, strict=True)))
@@ -137,6 +146,19 @@ def test_hidden_384() -> None:
     case = make(64, 70, hidden_size=384, num_attention_heads=12, intermediate_size=1536, num_hidden_layers=3)
     for groups in regroupings(64, 6, seed=3):
         case.check(groups)
+
+
+@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_bfloat16_on_tiles(pooling: str) -> None:
+    case = make(
+        90, 70, pooling=pooling, dtype=torch.bfloat16, hidden_size=128, num_attention_heads=4, intermediate_size=512
+    )
+    assert case.fast.encoder.layers[0].qkv.kind == "tiles"
+    for groups in regroupings(90, 12, seed=4):
+        case.check(groups)
+    with threads(2):
+        case.check([list(range(90)), list(range(40, 60))])
 
 
 def test_stream_and_forward_give_the_same_bits(small: Case) -> None:
