@@ -167,9 +167,9 @@ class SurvivorPools:
         numbers = list(self._cohorts)
         firsts = torch.tensor([cohort.first for cohort in self._cohorts.values()])
         places = torch.searchsorted(firsts, departure.sample_ids, right=True) - 1
-        order, sizes = places.argsort(stable=True), places.bincount(minlength=len(numbers)).tolist()
+        sizes = places.bincount(minlength=len(numbers)).tolist()  # places rise: pools are queues, survivors keep order
         values = (departure.sample_ids, departure.logits, departure.score)
-        shares = zip(*(value[order].split(sizes) for value in values), strict=True)
+        shares = zip(*(value.split(sizes) for value in values), strict=True)
         finished = []
         for number, size, (ids, logits, score) in zip(numbers, sizes, shares, strict=True):
             if size == 0:
