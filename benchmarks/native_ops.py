@@ -11,6 +11,7 @@ prepacked linear's GFLOP/s, and the bandwidth of an addition that moves the same
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -182,20 +183,20 @@ def attention_at_one_length(repeats: int) -> Iterator[Row]:
 
 
 def tile_linears(repeats: int) -> Iterator[Row]:
-    """The four linears of a layer in bfloat16, each as the layer calls it, against oneDNN's prepacked one."""
+    """The four linears of a layer, each as the layer calls it, against oneDNN's prepacked one."""
     if not tiles_available():
         return
-    for hidden in (384, 768):
+    for dtype, hidden in itertools.product((torch.float32, torch.bfloat16), (384, 768)):
         for inner, outer, finish in (
             (hidden, 3 * hidden, ""),
             (hidden, hidden, "residual"),
             (hidden, 4 * hidden, "gelu"),
             (4 * hidden, hidden, "residual"),
         ):
-            weight, bias = (torch.randn(outer, inner) * inner**-0.5).bfloat16(), torch.randn(outer).bfloat16()
+            weight, bias = (torch.randn(outer, inner) * inner**-0.5).to(dtype), torch.randn(outer).to(dtype)
             tiles, packed = pack_tiles(weight, bias), torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            for tokens in (512, 4096):
-                x, added = torch.randn(tokens, inner).bfloat16(), torch.randn(tokens, outer).bfloat16()
+            for tokens in (16, 512, 4096):
+                x, added = torch.randn(tokens, inner).to(dtype), torch.randn(tokens, outer).to(dtype)
 
                 def ours(x=x, tiles=tiles, added=added, finish=finish) -> Tensor:
                     return native.tile_linear(x, *tiles, added if finish == "residual" else None, finish == "gelu")
@@ -207,11 +208,11 @@ def tile_linears(repeats: int) -> Iterator[Row]:
                     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, attr, [], algorithm)
 
                 wide = reference.tile_linear(x, *tiles, added if finish == "residual" else None, finish == "gelu")
-                equal = agrees(ours(), wide, torch.bfloat16)
+                equal = agrees(ours(), wide, dtype)
                 seconds, other = medians([ours, theirs], repeats)
                 yield Row(
                     "tile_linear",
-                    f"{tokens} tokens, {inner} to {outer}{', ' if finish else ''}{finish}",
+                    f"{_name(dtype)}, {tokens} tokens, {inner} to {outer}{', ' if finish else ''}{finish}",
                     seconds * 1e3,
                     f"{2 * tokens * inner * outer / seconds / 1e9:.0f} GFLOP/s",
                     "oneDNN, prepacked",

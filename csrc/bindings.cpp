@@ -91,9 +91,9 @@ void bind_embed_layer_norm(const std::array<Address, 3>& ids, const std::array<A
 }
 
 void bind_tile_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens,
-                      int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, int threads) {
-    tile_linear({at<void>(x), at<void>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs,
-                 outputs, x_stride, gelu, threads});
+                      int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, bool bf16, int threads) {
+    tile_linear({at<void>(x), at<Bf16>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs,
+                 outputs, x_stride, gelu, bf16, threads});
 }
 
 // The tensors of ExitArgs: (cu_seqlens, live, counter, previous, threshold) and the outputs in the order of ExitTensors.

@@ -152,15 +152,17 @@ void compact(const CompactArgs& args, const GatherTensor* tokens, int64_t token_
 // Fills survivors, new_cu_seqlens and new_live from exits.
 void plan_survivors(const ExitArgs& args);
 
-// A bfloat16 linear on matrix tiles; inputs and outputs are multiples of 32.
+// A linear on matrix tiles; inputs and outputs are multiples of 32.
 struct LinearArgs {
-    const void* x;         // Bf16 [tokens, inputs], rows `x_stride` apart
-    const void* weights;   // Bf16 panels [outputs / 32, inputs / 32, 2, 16, 32]: 16 outputs' pairs of inputs in a row
-    const float* bias;     // [outputs]
-    const void* residual;  // Bf16 [tokens, outputs], contiguous, or null
-    void* out;             // Bf16 [tokens, outputs], contiguous
+    const void* x;          // T [tokens, inputs], rows `x_stride` apart
+    const Bf16* weights;    // panels [outputs / 32, inputs / 32, parts, 2, 16, 32]: 16 outputs' pairs of inputs in a row;
+                            // one part for Bf16, and for float three, whose sum is the weight
+    const float* bias;      // [outputs]
+    const void* residual;   // T [tokens, outputs], contiguous, or null
+    void* out;              // T [tokens, outputs], contiguous
     int64_t tokens, inputs, outputs, x_stride;
     bool gelu;  // not together with a residual
+    bool bf16;
     int threads;
 };
 

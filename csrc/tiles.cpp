@@ -1,4 +1,4 @@
-// bfloat16 kernels for the processor's matrix tiles (AMX), where processor, system and RAGGED_EXIT_ISA allow them.
+// Kernels for the processor's matrix tiles (AMX), where processor, system and RAGGED_EXIT_ISA allow them.
 #include "isa_prelude.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
@@ -72,6 +72,8 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kTileConfig;
 
+constexpr int64_t kStep = kBlock * kBlock;  // numbers of one operand in a step of the products
+
 // Before tiles are loaded from memory just written: GCC's intrinsic does not tell the compiler that it reads any.
 RX_INLINE void written() { asm volatile("" ::: "memory"); }
 
@@ -93,11 +95,44 @@ RX_INLINE void written() { asm volatile("" ::: "memory"); }
 #define RX_NOTHING(tile)
 #define RX_ZERO(tile) _tile_zero(tile);
 
+// The same for operands in three parts, high, middle and low [3][32][32], whose sum is a float: the six products that
+// float's precision needs, the small ones first. A change of one operand's part is two loads for four products.
+#define RX_LEFT_PART(part, left)                                \
+    _tile_loadd(4, (left) + (part) * kStep, 64);                \
+    _tile_dpbf16ps(0, 4, 6);                                    \
+    _tile_dpbf16ps(1, 4, 7);                                    \
+    _tile_loadd(5, (left) + (part) * kStep + kStep / 2, 64);    \
+    _tile_dpbf16ps(2, 5, 6);                                    \
+    _tile_dpbf16ps(3, 5, 7);
+#define RX_RIGHT_PART(part, right)                              \
+    _tile_loadd(6, (right) + (part) * kStep, 64);               \
+    _tile_dpbf16ps(0, 4, 6);                                    \
+    _tile_dpbf16ps(2, 5, 6);                                    \
+    _tile_loadd(7, (right) + (part) * kStep + kStep / 2, 64);   \
+    _tile_dpbf16ps(1, 4, 7);                                    \
+    _tile_dpbf16ps(3, 5, 7);
+#define RX_PART_PRODUCTS(FRESH, BESIDE, left, right)                                    \
+    RX_PRODUCTS(FRESH, (left) + 2 * kStep, kBlock, right, (right) + kStep / 2)          \
+    BESIDE(0)                                                                           \
+    RX_LEFT_PART(1, left)                                                               \
+    BESIDE(1)                                                                           \
+    RX_RIGHT_PART(1, right)                                                             \
+    BESIDE(2)                                                                           \
+    RX_LEFT_PART(0, left)                                                               \
+    BESIDE(3)                                                                           \
+    RX_RIGHT_PART(2, right)                                                             \
+    BESIDE(4)                                                                           \
+    RX_RIGHT_PART(0, right)                                                             \
+    BESIDE(5)
+
 }  // namespace tiles
 }  // namespace ragged_exit
 
 #include "tiles_attention.inl.h"
 #include "tiles_linear.inl.h"
+
+#include "tiles_linear_bf16.inl.h"
+#include "tiles_linear_float.inl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -107,7 +142,7 @@ RX_INLINE void written() { asm volatile("" ::: "memory"); }
 
 namespace ragged_exit {
 
-void tile_linear(const LinearArgs& a) { tiles::linear_of(a); }
+void tile_linear(const LinearArgs& a) { a.bf16 ? tiles::bf16_linear_of(a) : tiles::float_linear_of(a); }
 void tile_attention(const AttentionArgs& a) { tiles::attention_of(a); }
 
 }  // namespace ragged_exit

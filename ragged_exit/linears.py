@@ -55,17 +55,17 @@ class PackedLinear:
     """y = act(x W^T + b), or the sum of x W^T + b and a residual, with a snapshot of the weights.
 
     weight: ``[N, K]``, bias: ``[N]`` or None, in the dtype and on the device that the inputs will have. impl: as every
-    op takes it. ``kind`` says what runs: "tiles" in bfloat16 on a CPU that has them (AMX), for sizes in multiples of 32
-    and unless ``impl`` is "reference"; else "onednn", prepacked, on a CPU where this torch has it; else "plain".
+    op takes it. ``kind`` says what runs: "tiles" on a CPU that has them (AMX), for sizes in multiples of 32 and
+    unless ``impl`` is "reference"; else "onednn", prepacked, on a CPU where this torch has it; else "plain".
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, impl: str | None = None) -> None:
-        on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-        if on_cpu and fits_tiles(weight) and resolve_impl(impl, weight.device) == "native" and tiles_available():
+        if fits_tiles(weight) and resolve_impl(impl, weight.device) == "native" and tiles_available():
             self.kind = "tiles"
             self.tiles = pack_tiles(weight, bias)
             return
         self.bias = None if bias is None else bias.detach().clone()
+        on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         if on_cpu and prepacking_available():
             self.kind = "onednn"
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)

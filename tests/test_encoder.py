@@ -382,25 +382,26 @@ def test_packed_linear_is_a_snapshot(path: str) -> None:
 
 @pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_linear_on_tiles_is_linear(bias: bool) -> None:
-    weight, x = (torch.randn(64, 96) / 96**0.5).bfloat16(), torch.randn(50, 96).bfloat16()
-    offset, residual = torch.randn(64).bfloat16() if bias else None, torch.randn(50, 64).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_linear_on_tiles_is_linear(bias: bool, dtype: torch.dtype) -> None:
+    weight, x = (torch.randn(64, 96) / 96**0.5).to(dtype), torch.randn(50, 96).to(dtype)
+    offset, residual = torch.randn(64).to(dtype) if bias else None, torch.randn(50, 64).to(dtype)
     linear = PackedLinear(weight, offset)
     assert linear.kind == "tiles"
     truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
-    torch.testing.assert_close(linear(x).double(), truth, **TOLERANCES[torch.bfloat16])
+    torch.testing.assert_close(linear(x).double(), truth, **TOLERANCES[dtype])
     for name, function in ACTIVATIONS.items():
-        torch.testing.assert_close(linear(x, name).double(), function(truth), **TOLERANCES[torch.bfloat16])
+        torch.testing.assert_close(linear(x, name).double(), function(truth), **TOLERANCES[dtype])
     total, rest = linear.sum_with(x, residual)
     assert rest is None
-    torch.testing.assert_close(total.double(), truth + residual.double(), **TOLERANCES[torch.bfloat16])
+    torch.testing.assert_close(total.double(), truth + residual.double(), **TOLERANCES[dtype])
 
 
 @pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
 def test_tiles_are_for_what_fits_them_and_not_for_the_reference() -> None:
     weight = torch.randn(64, 96).bfloat16()
     assert PackedLinear(weight, None, impl="reference").kind != "tiles"
-    assert PackedLinear(weight.float(), None).kind != "tiles"
+    assert PackedLinear(weight.half(), None).kind != "tiles"
     assert PackedLinear(weight[:, :95], None).kind != "tiles"
 
 
@@ -412,6 +413,7 @@ def test_packed_linear_takes_weights_that_are_views(path: str) -> None:
 @pytest.mark.parametrize("impl", impls())
 def test_the_encoder_is_the_same_without_prepacking(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "prepacking_available", lambda: False)
+    monkeypatch.setattr(linears, "tiles_available", lambda: False)
     backbone = tiny_backbone(bert_config())
     ids, mask = masked_inputs("holes")
     encoder = packed_encoder(backbone, impl)

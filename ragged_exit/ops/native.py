@@ -90,11 +90,12 @@ def add_layer_norm(
 
 def tile_linear(
     x: Tensor,  # [T, K]
-    panels: Tensor,  # [N / 32, K / 32, 2, 16, 16, 2]
+    panels: Tensor,  # [N / 32, K / 32, parts, 2, 16, 16, 2]
     bias: Tensor,  # [N]
     residual: Tensor | None,  # [T, N]
     gelu: bool,
 ) -> Tensor:
+    is_bf16 = _check_dtype(x)
     x = _rows(x)
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(x.shape[0], bias.shape[0])
@@ -108,6 +109,7 @@ def tile_linear(
         bias.shape[0],
         x.stride(0),
         gelu,
+        is_bf16,
         torch.get_num_threads(),
     )
     return out

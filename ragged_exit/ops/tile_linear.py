@@ -1,7 +1,10 @@
-"""tile_linear: a bfloat16 linear on the CPU's matrix tiles (AMX), its GELU or residual in the same pass.
+"""tile_linear: a linear on the CPU's matrix tiles (AMX), its GELU or residual in the same pass.
 
 oneDNN's linears build a kernel for every new number of tokens, and their GELU and residual cost up to half as much as
-the products; these need one layout and hide both behind the products.
+the products; these need one layout and hide both behind the products. oneDNN leaves the tiles idle in float32; here a
+float32 number is the exact sum of three bfloat16 ones, and of nine products the six that float32's precision needs are
+summed (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+Computations", ARITH 2019).
 """
 
 from __future__ import annotations
@@ -13,12 +16,17 @@ from torch import Tensor
 
 from ragged_exit.ops.dispatch import implementation, native_available, resolve_impl
 
-BLOCK = 32  # inputs and outputs come in whole blocks: kBlock in csrc/linear_amx.cpp
+BLOCK = 32  # inputs and outputs come in whole blocks: kBlock in csrc/tiles.cpp
+
+
+PARTS = {torch.bfloat16: 1, torch.float32: 3}  # bfloat16 numbers that sum to one number, exactly
 
 
 class TileWeights(NamedTuple):
-    """panels: bfloat16 ``[N / 32, K / 32, 2, 16, 16, 2]``, with weight[32 n + 16 h + j, 32 k + 2 i + p] at
-    ``[n, k, h, i, j, p]``. bias: float32 ``[N]``.
+    """panels: bfloat16 ``[N / 32, K / 32, parts, 2, 16, 16, 2]``. bias: float32 ``[N]``.
+
+    weight[32 n + 16 h + j, 32 k + 2 i + p] is the sum of the parts at ``[n, k, :, h, i, j, p]``: 1 for bfloat16, 3
+    for float32.
     """
 
     panels: Tensor
@@ -35,42 +43,48 @@ def tiles_available() -> bool:
 
 
 def fits_tiles(weight: Tensor) -> bool:
-    """Can ``pack_tiles`` take this weight ``[N, K]``: bfloat16 on a CPU, both sizes multiples of 32?"""
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    """Can ``pack_tiles`` take this weight ``[N, K]``: bfloat16 or float32 on a CPU, both sizes multiples of 32?"""
+    on_cpu = weight.device.type == "cpu" and weight.dtype in PARTS
     return on_cpu and all(size % BLOCK == 0 for size in weight.shape)
 
 
 def pack_tiles(weight: Tensor, bias: Tensor | None) -> TileWeights:
     """A snapshot of weight ``[N, K]`` and bias ``[N]`` or None in the layout of the tiles.
 
-    Raises ValueError unless weight is bfloat16 on a CPU with sizes that are multiples of 32.
+    Raises ValueError unless weight is bfloat16 or float32 on a CPU with sizes that are multiples of 32.
     """
     if weight.ndim != 2 or not fits_tiles(weight):
         raise ValueError(
-            f"weight: expected bfloat16 [N, K] on a CPU, N and K multiples of {BLOCK}, "
+            f"weight: expected bfloat16 or float32 [N, K] on a CPU, N and K multiples of {BLOCK}, "
             f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
         )
     outputs, inputs = weight.shape
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias: expected [{outputs}], got {list(bias.shape)}")
+    parts, rest = [], weight.detach()
+    for _ in range(PARTS[weight.dtype]):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1]
     half = BLOCK // 2
-    blocks = weight.detach().reshape(outputs // BLOCK, 2, half, inputs // BLOCK, half, 2)
+    blocks = torch.stack(parts).reshape(len(parts), outputs // BLOCK, 2, half, inputs // BLOCK, half, 2)
     floats = torch.zeros(outputs, device="cpu") if bias is None else bias.detach().to(torch.float32, copy=True)
-    return TileWeights(blocks.permute(0, 3, 1, 4, 2, 5).contiguous(), floats.contiguous())
+    return TileWeights(blocks.permute(1, 4, 0, 2, 5, 3, 6).contiguous(), floats.contiguous())
 
 
 def tile_linear(
     x: Tensor, weights: TileWeights, *, gelu: bool = False, residual: Tensor | None = None, impl: str | None = None
 ) -> Tensor:
-    """x W^T + b, through GELU (exact, within 5e-5) or plus ``residual`` -> bfloat16 ``[T, N]``; sums in fp32.
+    """x W^T + b, through GELU or plus ``residual`` -> ``[T, N]`` in the dtype of the packed weight; sums in fp32.
 
-    x: bfloat16 ``[T, K]``. residual: bfloat16 ``[T, N]``; not together with ``gelu``. impl: "native" needs
-    ``tiles_available()``; "auto" is the reference without them. A token's bits depend on that token alone.
+    x: ``[T, K]``, residual: ``[T, N]``, in that dtype; no residual together with ``gelu``. In bfloat16 GELU is exact
+    within 5e-5, in float32 to its precision; a float32 infinity in ``x`` becomes NaN where "native" runs. A token's
+    bits depend on that token alone. impl: "native" needs ``tiles_available()``; "auto" is the reference without them.
 
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device; RuntimeError when "native"
     is asked for and there are no tiles.
     """
-    groups, steps = weights.panels.shape[:2]
+    groups, steps, parts = weights.panels.shape[:3]
+    dtype = next(dtype for dtype, count in PARTS.items() if count == parts)
     if x.ndim != 2 or x.shape[1] != steps * BLOCK:
         raise ValueError(f"x: expected [T, {steps * BLOCK}], got {list(x.shape)}")
     if residual is not None:
@@ -83,8 +97,8 @@ def tile_linear(
             continue
         if value.device.type != "cpu":
             raise ValueError(f"{name}: expected a CPU tensor, got one on {value.device}")
-        if value.dtype != torch.bfloat16:
-            raise TypeError(f"{name}: expected bfloat16, got {value.dtype}")
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} as the packed weight, got {value.dtype}")
     asked, impl = impl, resolve_impl(impl, x.device)
     if impl == "native" and not tiles_available():
         if asked == "native":

@@ -8,12 +8,12 @@ from torch import Tensor
 
 def tile_linear(
     x: Tensor,  # [T, K]
-    panels: Tensor,  # [N / 32, K / 32, 2, 16, 16, 2]
+    panels: Tensor,  # [N / 32, K / 32, parts, 2, 16, 16, 2]
     bias: Tensor,  # [N]
     residual: Tensor | None,  # [T, N]
     gelu: bool,
 ) -> Tensor:
-    weight = panels.permute(0, 2, 4, 1, 3, 5).reshape(len(bias), x.shape[1])
-    y = F.linear(x.float(), weight.float(), bias)
+    weight = panels.float().sum(2).permute(0, 2, 4, 1, 3, 5).reshape(len(bias), x.shape[1])
+    y = F.linear(x.float(), weight, bias)
     y = F.gelu(y) if gelu else y
     return (y if residual is None else y + residual).to(x.dtype)
