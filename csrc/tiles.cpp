@@ -95,42 +95,12 @@ RX_INLINE void written() { asm volatile("" ::: "memory"); }
 #define RX_NOTHING(tile)
 #define RX_ZERO(tile) _tile_zero(tile);
 
-// The same for operands in three parts, high, middle and low [3][32][32], whose sum is a float: the six products that
-// float's precision needs, the small ones first. A change of one operand's part is two loads for four products.
-#define RX_LEFT_PART(part, left)                                \
-    _tile_loadd(4, (left) + (part) * kStep, 64);                \
-    _tile_dpbf16ps(0, 4, 6);                                    \
-    _tile_dpbf16ps(1, 4, 7);                                    \
-    _tile_loadd(5, (left) + (part) * kStep + kStep / 2, 64);    \
-    _tile_dpbf16ps(2, 5, 6);                                    \
-    _tile_dpbf16ps(3, 5, 7);
-#define RX_RIGHT_PART(part, right)                              \
-    _tile_loadd(6, (right) + (part) * kStep, 64);               \
-    _tile_dpbf16ps(0, 4, 6);                                    \
-    _tile_dpbf16ps(2, 5, 6);                                    \
-    _tile_loadd(7, (right) + (part) * kStep + kStep / 2, 64);   \
-    _tile_dpbf16ps(1, 4, 7);                                    \
-    _tile_dpbf16ps(3, 5, 7);
-#define RX_PART_PRODUCTS(FRESH, BESIDE, left, right)                                    \
-    RX_PRODUCTS(FRESH, (left) + 2 * kStep, kBlock, right, (right) + kStep / 2)          \
-    BESIDE(0)                                                                           \
-    RX_LEFT_PART(1, left)                                                               \
-    BESIDE(1)                                                                           \
-    RX_RIGHT_PART(1, right)                                                             \
-    BESIDE(2)                                                                           \
-    RX_LEFT_PART(0, left)                                                               \
-    BESIDE(3)                                                                           \
-    RX_RIGHT_PART(2, right)                                                             \
-    BESIDE(4)                                                                           \
-    RX_RIGHT_PART(0, right)                                                             \
-    BESIDE(5)
-
 }  // namespace tiles
 }  // namespace ragged_exit
 
 #include "tiles_attention.inl.h"
 #include "tiles_linear.inl.h"
-
+// built on tiles_linear.inl.h
 #include "tiles_linear_bf16.inl.h"
 #include "tiles_linear_float.inl.h"
 

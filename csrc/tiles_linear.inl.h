@@ -1,17 +1,18 @@
 // out = x weight^T + bias, then GELU or a residual: what bfloat16 and float share.
 //
-// A block of 32 tokens x 32 outputs lives in four tiles of 16 x 16 floats; a step is 32 of its inputs. While a block is computed, the one before it is finished by vector instructions in
-// between: bias, GELU and rounding cost little beside the products. Each output is summed over the inputs in one
-// order, whatever the number of tokens or threads, so that a token's bits depend on that token alone.
+// A block of 32 tokens x 32 outputs lives in four tiles of 16 x 16 floats; a step is 32 of its inputs. While a block is
+// computed, the one before it is finished by vector instructions in between: bias, GELU and rounding cost little beside
+// the products. Each output is summed over the inputs in one order, whatever the number of tokens or threads, so that a
+// token's bits depend on that token alone.
 
 namespace ragged_exit {
 namespace tiles {
 
-constexpr int64_t kParts = 3;               // of a float, see tiles_linear_float.inl.h
+constexpr int64_t kParts = 3;                          // of a float, see tiles_linear_float.inl.h
 constexpr int64_t kWholeSteps = 32, kChunkSteps = 12;  // floats: up to 1,024 inputs are one chunk, of more 384 at a time
-constexpr int64_t kWholeBytes = 5 << 18;    // up to here a chunk's weights are one group: they fit a second-level cache of 2 MiB
-constexpr int64_t kGroupBytes = 1 << 20;    // of larger ones; half of it and 3/2 are slower
-constexpr int64_t kItemsPerThread = 4;      // at least, so that an uneven share costs little
+constexpr int64_t kWholeBytes = 5 << 18;  // of a chunk's weights are one group: they fit a second-level cache of 2 MiB
+constexpr int64_t kGroupBytes = 1 << 20;  // of larger ones; half of it and 3/2 are slower
+constexpr int64_t kItemsPerThread = 4;    // at least, so that an uneven share costs little
 
 // What the threads share: items, `blocks` of 32 tokens times `groups` of panels, of which a thread takes a run.
 struct Plan {

@@ -12,6 +12,36 @@ namespace tiles {
 constexpr int64_t kFloatStep = kParts * kStep;
 alignas(64) constexpr float kNoBias[kBlock] = {};
 
+// RX_PRODUCTS for operands in parts [3][32][32]: the six products, the small ones first, BESIDE(0..5) after each. From one
+// to the next one operand's part changes: two loads for four products.
+#define RX_LEFT_PART(part, left)                             \
+    _tile_loadd(4, (left) + (part) * kStep, 64);             \
+    _tile_dpbf16ps(0, 4, 6);                                 \
+    _tile_dpbf16ps(1, 4, 7);                                 \
+    _tile_loadd(5, (left) + (part) * kStep + kStep / 2, 64); \
+    _tile_dpbf16ps(2, 5, 6);                                 \
+    _tile_dpbf16ps(3, 5, 7);
+#define RX_RIGHT_PART(part, right)                            \
+    _tile_loadd(6, (right) + (part) * kStep, 64);             \
+    _tile_dpbf16ps(0, 4, 6);                                  \
+    _tile_dpbf16ps(2, 5, 6);                                  \
+    _tile_loadd(7, (right) + (part) * kStep + kStep / 2, 64); \
+    _tile_dpbf16ps(1, 4, 7);                                  \
+    _tile_dpbf16ps(3, 5, 7);
+#define RX_PART_PRODUCTS(FRESH, BESIDE, left, right)                           \
+    RX_PRODUCTS(FRESH, (left) + 2 * kStep, kBlock, right, (right) + kStep / 2) \
+    BESIDE(0)                                                                  \
+    RX_LEFT_PART(1, left)                                                      \
+    BESIDE(1)                                                                  \
+    RX_RIGHT_PART(1, right)                                                    \
+    BESIDE(2)                                                                  \
+    RX_LEFT_PART(0, left)                                                      \
+    BESIDE(3)                                                                  \
+    RX_RIGHT_PART(2, right)                                                    \
+    BESIDE(4)                                                                  \
+    RX_RIGHT_PART(0, right)                                                    \
+    BESIDE(5)
+
 // A block of x: rows of 32 inputs a step -> parts [steps][3][32][32]; rows past the last token are zero.
 struct Splitter {
     const float* x;
@@ -44,7 +74,9 @@ struct Place {
     int64_t blocks, chunks, end;
     int64_t first, last, item, chunk = 0;  // items [first, last) share a group
 
-    Place(const Plan& plan, int64_t begin, int64_t stop) : blocks(plan.blocks), chunks(plan.chunks), end(stop) { enter(begin); }
+    Place(const Plan& plan, int64_t begin, int64_t stop) : blocks(plan.blocks), chunks(plan.chunks), end(stop) {
+        enter(begin);
+    }
     void enter(int64_t begin) { item = first = begin, last = smaller(end, (begin / blocks + 1) * blocks); }
     bool exists() const { return item < end; }
     void advance() {
@@ -65,10 +97,10 @@ RX_INLINE void float_block(const Bf16* x, const Bf16* weights, int64_t steps, fl
     const int64_t slots = 3 * (steps - 1), rows = steps > 1 ? (before.rows + slots - 1) / slots : 0;
 #define RX_SPLIT(product) \
     for (int64_t unit = 0; unit < units && !ahead.done(); ++unit) ahead.next();
-#define RX_SPLIT_AND_FINISH(product)                                                                \
-    RX_SPLIT(product)                                                                               \
-    if (product % 2 == 0) {                                                                         \
-        for (int64_t row = 0; row < rows && before.done < before.rows; ++row) before.row(gelu);         \
+#define RX_SPLIT_AND_FINISH(product)                                                            \
+    RX_SPLIT(product)                                                                           \
+    if (product % 2 == 0) {                                                                     \
+        for (int64_t row = 0; row < rows && before.done < before.rows; ++row) before.row(gelu); \
     }
     RX_PART_PRODUCTS(RX_STORE_AND_ZERO, RX_SPLIT, x, weights)
     for (int64_t step = 1; step < steps; ++step) {
@@ -85,21 +117,23 @@ void run_float(const LinearArgs& a, const Plan& plan, Bf16* parts, int64_t begin
     const auto split = [&](const Place& place, Bf16* target) {
         const int64_t token = plan.token(place.item), step = place.chunk * plan.chunk_steps;
         const float* x = static_cast<const float*>(a.x) + token * a.x_stride + step * kBlock;
-        return Splitter{x, a.x_stride, smaller(kBlock, a.tokens - token), smaller(plan.chunk_steps, plan.steps - step), target};
+        const int64_t rows = smaller(kBlock, a.tokens - token), steps = smaller(plan.chunk_steps, plan.steps - step);
+        return Splitter{x, a.x_stride, rows, steps, target};
     };
     Bf16* spare = parts + plan.chunk_steps * kFloatStep;
     Place place(plan, begin, end);
     Splitter x = split(place, parts);
     while (!x.done()) x.next();
     Finish<float> before{};
-    bool gelu = false;  // after it
+    bool gelu = false;  // of the block before
     while (place.exists()) {
         const Place here = place;
         place.advance();
         Splitter ahead{};
         ahead.row = kBlock;
         if (place.exists()) ahead = split(place, spare);
-        const int64_t first = plan.first_panel(here.item), last = plan.last_panel(here.item), token = plan.token(here.item);
+        const int64_t token = plan.token(here.item), rows = smaller(kBlock, a.tokens - token);
+        const int64_t first = plan.first_panel(here.item), last = plan.last_panel(here.item);
         const int64_t step = here.chunk * plan.chunk_steps, slots = 6 * (last - first) * x.steps;
         written();
         for (int64_t panel = first; panel < last; ++panel) {
@@ -108,7 +142,7 @@ void run_float(const LinearArgs& a, const Plan& plan, Bf16* parts, int64_t begin
             const int64_t at = token * a.outputs + panel * kBlock;
             float* out = static_cast<float*>(a.out) + at;
             const float* residual = a.residual ? static_cast<const float*>(a.residual) + at : nullptr;
-            before = {sums, a.bias + panel * kBlock, residual, out, a.outputs, smaller(kBlock, a.tokens - token), 0};
+            before = {sums, a.bias + panel * kBlock, residual, out, a.outputs, rows, 0};
             if (here.chunk > 0) before.bias = kNoBias, before.residual = out;
             gelu = a.gelu && here.chunk + 1 == plan.chunks;
         }
