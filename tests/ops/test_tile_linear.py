@@ -7,6 +7,7 @@ sums are rounded less often, also no more on average than PyTorch's.
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -175,6 +176,33 @@ def test_a_token_depends_on_itself_alone(finish, dtype, inner):
             some = run(x[chosen], weights, finish, residual[chosen], "native")
             assert_same_values(some, together[chosen])
     torch.set_num_threads(before)
+
+
+BEFORE_A_FORBIDDEN_PAGE = """
+import ctypes, mmap, sys
+import torch
+from ragged_exit.ops import pack_tiles, tile_linear
+
+dtype = getattr(torch, sys.argv[1])
+count = 33 * 64
+allowed = -(-count * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+memory = mmap.mmap(-1, allowed + mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + allowed), mmap.PAGESIZE, 0) == 0
+x = torch.frombuffer(memory, dtype=dtype, count=count, offset=allowed - count * dtype.itemsize).view(33, 64)
+x.copy_(torch.randn(33, 64))
+weights = pack_tiles(torch.randn(96, 64).to(dtype), None)
+assert torch.equal(tile_linear(x, weights, impl="native"), tile_linear(x.clone(), weights, impl="native"))
+"""
+
+
+@no_tiles
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect through the C library")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nothing_is_read_past_the_last_token(dtype):
+    """Tiles are loaded 16 tokens at a time; the page after the 33rd may not be touched."""
+    command = [sys.executable, "-c", BEFORE_A_FORBIDDEN_PAGE, dtype]
+    subprocess.run(command, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
