@@ -74,6 +74,13 @@ constexpr TileConfig kTileConfig;
 
 constexpr int64_t kStep = kBlock * kBlock;  // numbers of one operand in a step of the products
 
+// 32 numbers, rounded to the type of `out`.
+RX_INLINE void store_row(float* out, Vec left, Vec right) { store(out, left), store(out + kTile, right); }
+RX_INLINE void store_row(Bf16* out, Vec left, Vec right) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(right, left);
+    std::memcpy(out, &both, sizeof(both));
+}
+
 // Before tiles are loaded from memory just written: GCC's intrinsic does not tell the compiler that it reads any.
 RX_INLINE void written() { asm volatile("" ::: "memory"); }
 

@@ -123,9 +123,7 @@ RX_INLINE void weigh(const float* scores, int64_t n, float factor, Bf16* weights
     for (int64_t j = 0; j < n; j += kWidth) top = max(scaled(j), top);
     const Vec maximum = set1(largest(top));
     for (int64_t j = 0; j < n; j += kBlock) {
-        const Vec left = rough_exp2(scaled(j) - maximum), right = rough_exp2(scaled(j + kTile) - maximum);
-        const __m512bh both = _mm512_cvtne2ps_pbh(right, left);
-        std::memcpy(weights + j, &both, sizeof(both));
+        store_row(weights + j, rough_exp2(scaled(j) - maximum), rough_exp2(scaled(j + kTile) - maximum));
     }
 }
 
@@ -171,8 +169,7 @@ RX_INLINE void finish(const AttentionScratch& s, int64_t queries, int64_t dim, B
         const Vec inverse = set1(1.0f / s.sums[i * kTile]);
         for (int64_t d = 0; d < dim; d += kBlock) {
             const float* row = s.out + i * dim + d;
-            const __m512bh both = _mm512_cvtne2ps_pbh(load(row + kTile) * inverse, load(row) * inverse);
-            std::memcpy(out + i * stride + d, &both, sizeof(both));
+            store_row(out + i * stride + d, load(row) * inverse, load(row + kTile) * inverse);
         }
     }
 }

@@ -11,7 +11,7 @@ namespace tiles {
 constexpr int64_t kParts = 3;                          // of a float, see tiles_linear_float.inl.h
 constexpr int64_t kWholeSteps = 32, kChunkSteps = 12;  // floats: up to 1,024 inputs are one chunk, of more 384 at a time
 constexpr int64_t kWholeBytes = 5 << 18;  // of a chunk's weights are one group: they fit a second-level cache of 2 MiB
-constexpr int64_t kGroupBytes = 1 << 20;  // of larger ones; half of it and 3/2 are slower
+constexpr int64_t kGroupBytes = 1 << 20;  // of larger ones; 3/4 (float), 1/2 (bfloat16) and 3/2 of it are slower
 constexpr int64_t kItemsPerThread = 4;    // at least, so that an uneven share costs little
 
 // What the threads share: items, `blocks` of 32 tokens times `groups` of panels, of which a thread takes a run.
@@ -63,12 +63,6 @@ RX_INLINE Vec gelu(Vec x, float) {
     p = fma(p, t, set1(1.172893383e-01f));
     p = fma(p, t, set1(1.700691595e-05f));
     return max(zero(), x) - size * (p * exp(size * size * set1(-0.5f)));
-}
-
-RX_INLINE void store_row(float* out, Vec left, Vec right) { store(out, left), store(out + kTile, right); }
-RX_INLINE void store_row(Bf16* out, Vec left, Vec right) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(right, left);
-    std::memcpy(out, &both, sizeof(both));
 }
 
 // The block whose products are done: sums [4 tiles][16][16] wait for their finish.

@@ -5,8 +5,8 @@ namespace tiles {
 
 // Products of one block, and the finish of the one before, whose sums are still in the tiles on entry.
 template <bool Gelu>
-RX_INLINE void block(const Bf16* x, int64_t x_stride, const Bf16* weights, int64_t steps, float* sums,
-                     Finish<Bf16>& before, const char*& ahead, int64_t lines_ahead) {
+RX_INLINE void bf16_block(const Bf16* x, int64_t x_stride, const Bf16* weights, int64_t steps, float* sums,
+                          Finish<Bf16>& before, const char*& ahead, int64_t lines_ahead) {
     const int64_t rows_per_step = steps > 1 ? (before.rows + steps - 2) / (steps - 1) : before.rows;
     RX_PRODUCTS(RX_STORE_AND_ZERO, x, x_stride, weights, weights + kStep / 2)
     for (int64_t step = 1; step < steps; ++step) {
@@ -36,7 +36,8 @@ void run_bf16(const LinearArgs& a, const Plan& plan, const Bf16* last_block, int
         const int64_t lines_ahead = token + 2 * kBlock <= a.tokens ? (block_lines + steps - 1) / steps : 0;
         const char* ahead = reinterpret_cast<const char*>(x + kBlock * x_stride);
         for (int64_t panel = first; panel < last; ++panel) {
-            block<Gelu>(x, x_stride, a.weights + panel * plan.steps * kStep, plan.steps, sums, before, ahead, lines_ahead);
+            const Bf16* weights = a.weights + panel * plan.steps * kStep;
+            bf16_block<Gelu>(x, x_stride, weights, plan.steps, sums, before, ahead, lines_ahead);
             const int64_t at = token * a.outputs + panel * kBlock;
             before = {sums, a.bias + panel * kBlock, residual ? residual + at : nullptr, static_cast<Bf16*>(a.out) + at,
                       a.outputs, whole ? kBlock : a.tokens - token, 0};

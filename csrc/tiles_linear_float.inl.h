@@ -4,7 +4,7 @@
 // multiply-adds does. An input that is infinite or NaN makes its token's outputs NaN.
 //
 // Weights are split once; x is split one block ahead, beside the products. Two blocks of x and a group of weights are to
-// stay in the second-level cache, whose bandwidth is the limit: hence chunks of inputs, between which sums wait in `out`.
+// stay in the second-level cache: hence chunks of inputs, between which sums wait in `out`.
 
 namespace ragged_exit {
 namespace tiles {

@@ -93,7 +93,7 @@ def test_weights_beyond_a_cache(inner, outer, dtype, kernel, finish):
 
 @no_tiles
 @pytest.mark.parametrize("inner", [32, 768, 3072])
-def test_float32_is_as_exact_as_onednn(inner):
+def test_float32_is_as_exact_as_pytorch(inner):
     """Root mean square error against float64: parts of eight bits lose nothing that float32 keeps."""
     x, weight, bias, _ = inputs(64, inner, 96, 11, torch.float32)
     oracle = F.linear(x.double(), weight.double(), bias.double())
