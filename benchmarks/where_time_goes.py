@@ -4,7 +4,8 @@ python benchmarks/where_time_goes.py [--profile sst2|mrpc|long|uniform] [--shape
                                      [--full] [--rows N] [--threads N] [--json F]
 
 Random weights, the same number of rows leaves at every layer (`--full`: nobody leaves early). Profiling slows the
-forward a little, so shares are of the profiled run. `linears` has the rate that they reached and their share of the
+forward a little, so shares are of the profiled run; what happens inside a layer that is one call (tile_layer) it tells
+itself. `linears` has the rate that they reached and their share of the
 rate that the same linears reach alone, back to back, without activation (as roofline_fraction counts).
 """
 
@@ -29,6 +30,7 @@ from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.cli import DType
 from ragged_exit.executor import RaggedExecutor
+from ragged_exit.ops import take_layer_seconds
 
 SEED = 20
 WARM_UP = 2  # workloads, so that most kernels of this batch size are built
@@ -62,13 +64,16 @@ def main(
     for number in range(WARM_UP):
         run(random_workload(rows, number, profile_name), token_budget)
     workload = random_workload(rows, WARM_UP, profile_name)
+    take_layer_seconds()  # of the warm-up
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         answers = run(workload, token_budget)
         wall = time.perf_counter() - start
+    inside = dict(zip(("linears", "attention", "layer norm"), take_layer_seconds(), strict=True))
     spent = {event.key: event for event in profiler.key_averages()}
     seconds = {
         name: sum(event.cpu_time_total for key, event in spent.items() if key.split(".")[0] in ops) / 1e6
+        + inside.get(name, 0.0)
         for name, ops in OPS.items()
     }
     seconds["everything else"] = wall - sum(seconds.values())

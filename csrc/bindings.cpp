@@ -53,8 +53,7 @@ void bind_attention(Address q, Address k, Address v, Address out, Address cu_seq
     std::tie(a.v_token, a.v_head) = v_strides;
     a.scale = scale, a.bf16 = bf16, a.threads = threads;
     check_cu_seqlens("cu_seqlens", a.cu_seqlens, rows, tokens);
-    const bool on_tiles = bf16 && dim % 32 == 0 && tiles_available();
-    (on_tiles ? tile_attention : kernels().attention)(a);
+    attention(a);
 }
 
 void bind_layer_norm(Address x, Address residual, Address weight, Address bias, Address out, int64_t tokens,
@@ -92,8 +91,19 @@ void bind_embed_layer_norm(const std::array<Address, 3>& ids, const std::array<A
 
 void bind_tile_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens,
                       int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, bool bf16, int threads) {
-    tile_linear({at<void>(x), at<Bf16>(weights), at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs,
-                 outputs, x_stride, gelu, bf16, threads});
+    tile_linear({at<void>(x), at<Bf16>(weights), inputs / 32, at<float>(bias), at<void>(residual), at<void>(out), tokens,
+                 inputs, outputs, x_stride, gelu, bf16, threads});
+}
+
+// weights: of qkv, attention_output, attention_norm, feed_forward_up, feed_forward_down, output_norm, with a bias each.
+void bind_tile_layer(Address hidden, Address cu_seqlens, const std::array<Address, 12>& weights, int64_t rows,
+                     int64_t tokens, int64_t width, int64_t heads, int64_t inner, float eps, bool uer, bool bf16,
+                     int threads) {
+    const auto linear = [&](int i) { return LayerArgs::Linear{at<Bf16>(weights[i]), at<float>(weights[i + 1])}; };
+    const auto norm = [&](int i) { return LayerArgs::Norm{at<void>(weights[i]), at<void>(weights[i + 1])}; };
+    check_cu_seqlens("cu_seqlens", at<int32_t>(cu_seqlens), rows, tokens);
+    tile_layer({at<void>(hidden), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2), linear(6),
+                linear(8), norm(4), norm(10), eps, uer, bf16, threads});
 }
 
 // The tensors of ExitArgs: (cu_seqlens, live, counter, previous, threshold) and the outputs in the order of ExitTensors.
@@ -205,6 +215,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("embed_layer_norm", bind_embed_layer_norm, without_gil);
     module.attr("tiles_available") = tiles_available();
     module.def("tile_linear", bind_tile_linear, without_gil);
+    module.def("tile_layer", bind_tile_layer, without_gil);
+    module.def("take_layer_seconds", [] {
+        const LayerSeconds taken = take_layer_seconds();
+        return std::array<double, 3>{taken.linears, taken.attention, taken.norms};
+    });
     module.def("exit_step", bind_exit_step, without_gil);
     module.def("exit_decide", bind_exit_decide, without_gil);
     module.def("compact", bind_compact, without_gil);

@@ -48,4 +48,9 @@ const Kernels& kernels() {
     return chosen;
 }
 
+void attention(const AttentionArgs& args) {
+    const bool on_tiles = args.bf16 && args.dim % 32 == 0 && tiles_available();
+    (on_tiles ? tile_attention : kernels().attention)(args);
+}
+
 }  // namespace ragged_exit

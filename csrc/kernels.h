@@ -157,8 +157,9 @@ struct LinearArgs {
     const void* x;          // T [tokens, inputs], rows `x_stride` apart
     const Bf16* weights;    // panels [outputs / 32, inputs / 32, parts, 2, 16, 32]: 16 outputs' pairs of inputs in a row;
                             // one part for Bf16, and for float three, whose sum is the weight
-    const float* bias;      // [outputs]
-    const void* residual;   // T [tokens, outputs], contiguous, or null
+    int64_t panel_steps;    // from one panel to the next, in 32 inputs: more than there are here for some of the inputs
+    const float* bias;      // [outputs], or null: 0
+    const void* residual;   // T [tokens, outputs], contiguous, or null; may be `out`
     void* out;              // T [tokens, outputs], contiguous
     int64_t tokens, inputs, outputs, x_stride;
     bool gelu;  // not together with a residual
@@ -166,13 +167,47 @@ struct LinearArgs {
     int threads;
 };
 
+// Of how many inputs at a time a linear writes the sums: of all, or where floats have many, of 384 (tiles_linear_float.inl.h).
+constexpr int64_t tile_chunk(int64_t inputs, bool bf16) { return bf16 || inputs <= 1024 ? inputs : 384; }
+
 // Whether processor, operating system and RAGGED_EXIT_ISA allow the kernels on matrix tiles.
 bool tiles_available();
 void tile_linear(const LinearArgs& args);
 void tile_attention(const AttentionArgs& args);  // bfloat16, `dim` a multiple of 32
 
-// A buffer of at least `floats`, 64-byte aligned, that belongs to the calling thread until its next call: kernels run
-// thousands of times on similar sizes, and fresh pages would cost more than the small ones compute.
-float* workspace(int64_t floats);
+// The kernel of attention for the dtype, the head size and the processor.
+void attention(const AttentionArgs& args);
+
+// A post-LayerNorm layer with a GELU, whose linears are on tiles.
+struct LayerArgs {
+    struct Linear {
+        const Bf16* weights;  // as in LinearArgs
+        const float* bias;
+    };
+    struct Norm {
+        const void *weight, *bias;  // T [width]
+    };
+    void* hidden;               // T [tokens, width], contiguous: in and out; tokens past the last row's are left alone
+    const int32_t* cu_seqlens;  // [rows + 1]
+    int64_t rows, width, heads, inner;
+    Linear qkv, attention_output, feed_forward_up, feed_forward_down;
+    Norm attention_norm, output_norm;
+    float eps;
+    bool uer;  // of both norms, as in LayerNormArgs
+    bool bf16;
+    int threads;
+};
+void tile_layer(const LayerArgs& args);
+
+// What the layers' time went into since this was last asked: for a profile, while no layer runs.
+struct LayerSeconds {
+    double linears, attention, norms;
+};
+LayerSeconds take_layer_seconds();
+
+// A buffer of at least `floats`, 64-byte aligned, that belongs to the calling thread until its next call for the same use:
+// kernels run thousands of times on similar sizes, and fresh pages would cost more than the small ones compute.
+enum class Use { kernel, layer };
+float* workspace(int64_t floats, Use use = Use::kernel);
 
 }  // namespace ragged_exit

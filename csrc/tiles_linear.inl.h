@@ -8,8 +8,7 @@
 namespace ragged_exit {
 namespace tiles {
 
-constexpr int64_t kParts = 3;                          // of a float, see tiles_linear_float.inl.h
-constexpr int64_t kWholeSteps = 32, kChunkSteps = 12;  // floats: up to 1,024 inputs are one chunk, of more 384 at a time
+constexpr int64_t kParts = 3;             // of a float, see tiles_linear_float.inl.h
 constexpr int64_t kWholeBytes = 5 << 18;  // of a chunk's weights are one group: they fit a second-level cache of 2 MiB
 constexpr int64_t kGroupBytes = 1 << 20;  // of larger ones; 3/4 (float), 1/2 (bfloat16) and 3/2 of it are slower
 constexpr int64_t kItemsPerThread = 4;    // at least, so that an uneven share costs little
@@ -20,7 +19,7 @@ struct Plan {
 
     explicit Plan(const LinearArgs& a) {
         blocks = (a.tokens + kBlock - 1) / kBlock, panels = a.outputs / kBlock, steps = a.inputs / kBlock;
-        chunk_steps = a.bf16 || steps <= kWholeSteps ? steps : kChunkSteps;
+        chunk_steps = tile_chunk(a.inputs, a.bf16) / kBlock;
         chunks = (steps + chunk_steps - 1) / chunk_steps;
         const int64_t weight_bytes = panels * chunk_steps * kStep * 2 * (a.bf16 ? 1 : kParts);
         const int64_t to_fit = weight_bytes <= kWholeBytes ? 1 : (weight_bytes + kGroupBytes - 1) / kGroupBytes;
@@ -87,6 +86,8 @@ struct Finish {
         ++done;
     }
 };
+
+alignas(64) constexpr float kNoBias[kBlock] = {};
 
 #define RX_STORE_AND_ZERO(tile)                            \
     _tile_stored(tile, sums + tile * (kTile * kTile), 64); \

@@ -10,7 +10,6 @@ namespace ragged_exit {
 namespace tiles {
 
 constexpr int64_t kFloatStep = kParts * kStep;
-alignas(64) constexpr float kNoBias[kBlock] = {};
 
 // RX_PRODUCTS for operands in parts [3][32][32]: the six products, the small ones first, BESIDE(0..5) after each. From one
 // to the next one operand's part changes: two loads for four products.
@@ -137,12 +136,12 @@ void run_float(const LinearArgs& a, const Plan& plan, Bf16* parts, int64_t begin
         const int64_t step = here.chunk * plan.chunk_steps, slots = 6 * (last - first) * x.steps;
         written();
         for (int64_t panel = first; panel < last; ++panel) {
-            float_block(x.parts, a.weights + (panel * plan.steps + step) * kFloatStep, x.steps, sums, before, gelu, ahead,
+            float_block(x.parts, a.weights + (panel * a.panel_steps + step) * kFloatStep, x.steps, sums, before, gelu, ahead,
                         (kBlock * ahead.steps + slots - 1) / slots);
             const int64_t at = token * a.outputs + panel * kBlock;
             float* out = static_cast<float*>(a.out) + at;
             const float* residual = a.residual ? static_cast<const float*>(a.residual) + at : nullptr;
-            before = {sums, a.bias + panel * kBlock, residual, out, a.outputs, rows, 0};
+            before = {sums, a.bias ? a.bias + panel * kBlock : kNoBias, residual, out, a.outputs, rows, 0};
             if (here.chunk > 0) before.bias = kNoBias, before.residual = out;
             gelu = a.gelu && here.chunk + 1 == plan.chunks;
         }

@@ -13,11 +13,12 @@ struct Buffer {
     ~Buffer() { std::free(data); }
 };
 
-thread_local Buffer buffer;
+thread_local Buffer buffers[2];
 
 }  // namespace
 
-float* workspace(int64_t floats) {
+float* workspace(int64_t floats, Use use) {
+    Buffer& buffer = buffers[static_cast<int>(use)];
     if (floats > buffer.capacity) {
         std::free(buffer.data);
         buffer.capacity = 0;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from numbers import Integral
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
 from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_bucket
 from ragged_exit.linears import PackedLinear, check_activation
-from ragged_exit.ops import add_layer_norm, embed_layer_norm, varlen_attention
+from ragged_exit.ops import TileLayer, TileNorm, add_layer_norm, embed_layer_norm, tile_layer, varlen_attention
 
 PART_BYTES = 12 << 20  # of inner activations in a part on a CPU: larger ones leave the caches before they are read
 
@@ -58,7 +57,9 @@ class PackedEncoder:
         self.embedding_norm = affine(weights.embedding_norm)
         projection = weights.embedding_projection
         self.embedding_projection = None if projection is None else linear(projection)
-        packed = {id(layer): _PackedLayer(layer, affine, linear) for layer in weights.layers}  # shared layers once
+        packed = {  # shared layers once
+            id(layer): _PackedLayer(layer, weights.activation, affine, linear) for layer in weights.layers
+        }
         self.layers = [packed[id(layer)] for layer in weights.layers]
         row_bytes = weights.layers[0].feed_forward_up.weight.shape[0] * self.word_embeddings.element_size()
         self._part_tokens = max(1, PART_BYTES // row_bytes // SMALLEST_BUCKET) * SMALLEST_BUCKET
@@ -162,16 +163,25 @@ class PackedEncoder:
             hidden[tokens:] = 0  # the projection's bias
         return batch.with_hidden(hidden)
 
-    def layer(self, index: int, batch: RaggedBatch) -> RaggedBatch:
-        """Run layer ``index`` (0-based) on every token of the batch."""
+    def layer(self, index: int, batch: RaggedBatch) -> None:
+        """Run layer ``index`` (0-based) on every live token, in place: new memory would cost a CPU its page faults."""
         if batch.hidden is None:
             raise ValueError("batch: expected hidden states; call embed first")
-        layer, out = self.layers[index], torch.empty_like(batch.hidden)
+        layer = self.layers[index]
+        if layer.tiles is not None:
+            tile_layer(
+                batch.hidden,
+                batch.cu_seqlens,
+                layer.tiles,
+                self.num_heads,
+                self.norm_eps,
+                self.norm_kind,
+                impl=self.impl,
+            )
+            return
         for part in self._parts(batch):
             x = self._attend(layer, part.of(batch.hidden), part)
-            self._feed_forward(layer, x, out[part.start : part.start + part.tokens])
-        out[part.start + part.tokens :] = 0
-        return replace(batch, hidden=out)
+            self._feed_forward(layer, x, batch.hidden[part.start : part.start + part.tokens])
 
     def _parts(self, batch: RaggedBatch) -> list[_Part]:
         """What runs at once: on a CPU whole sequences that fit the caches, in few sizes; on a GPU everything."""
@@ -236,10 +246,14 @@ class _Part(NamedTuple):
 
 
 class _PackedLayer:
-    """The four linears and two norms of a layer."""
+    """The four linears and two norms of a layer. tiles: them all, where they can run in one call."""
 
     def __init__(
-        self, weights: LayerWeights, affine: Callable[[Affine], Affine], linear: Callable[[Affine], PackedLinear]
+        self,
+        weights: LayerWeights,
+        activation: str,
+        affine: Callable[[Affine], Affine],
+        linear: Callable[[Affine], PackedLinear],
     ) -> None:
         self.qkv = linear(weights.qkv)
         self.attention_output = linear(weights.attention_output)
@@ -247,6 +261,18 @@ class _PackedLayer:
         self.feed_forward_up = linear(weights.feed_forward_up)
         self.feed_forward_down = linear(weights.feed_forward_down)
         self.output_norm = affine(weights.output_norm)
+        linears = (self.qkv, self.attention_output, self.feed_forward_up, self.feed_forward_down)
+        self.tiles: TileLayer | None = None
+        if activation == "gelu" and all(linear.kind == "tiles" for linear in linears):
+            assert self.attention_norm.bias is not None and self.output_norm.bias is not None
+            self.tiles = TileLayer(
+                self.qkv.tiles,
+                self.attention_output.tiles,
+                TileNorm(self.attention_norm.weight, self.attention_norm.bias),
+                self.feed_forward_up.tiles,
+                self.feed_forward_down.tiles,
+                TileNorm(self.output_norm.weight, self.output_norm.bias),
+            )
 
 
 def _check_integers(name: str, values: Sequence[int]) -> None:

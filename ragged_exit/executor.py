@@ -136,7 +136,7 @@ class RaggedExecutor:
             batch = stage.encoder.embed(batch)
         if not self._keeps_ids[number]:
             batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
-        batch = self._run_layers(stage.encoder, stage.layers, batch)
+        self._run_layers(stage.encoder, stage.layers, batch)
         batch, decision = self._ask(stage, batch, number == len(self.stages) - 1)
         if on_decision is not None:
             on_decision(decision)

@@ -20,11 +20,10 @@ Replay = Callable[[], object]
 Capture = Callable[[Replay, torch.device], Replay]  # what to run, where -> its replay
 
 
-def run_layers(encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch) -> RaggedBatch:
-    """``layers`` (0-based) of ``encoder`` on every token of the batch, one after the other."""
+def run_layers(encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch) -> None:
+    """``layers`` (0-based) of ``encoder`` on every token of the batch, one after the other, in place."""
     for layer in layers:
-        batch = encoder.layer(layer, batch)
-    return batch
+        encoder.layer(layer, batch)
 
 
 class Size(NamedTuple):
@@ -67,13 +66,14 @@ class LayerGraphs:
         self._buffers: dict[tuple, Tensor] = {}
 
     @torch.inference_mode()  # the buffers are made once and must take what any call brings
-    def run(self, encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch) -> RaggedBatch:
-        """``layers`` (0-based) of ``encoder`` on a batch whose ``seqlens`` are the truth."""
+    def run(self, encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch) -> None:
+        """``layers`` (0-based) of ``encoder`` on a batch whose ``seqlens`` are the truth, in place."""
         assert batch.hidden is not None
         size = Size.of(batch)
         key = (encoder, tuple(layers), size)
         if not layers or not self._ready(key):
-            return run_layers(encoder, layers, batch)
+            run_layers(encoder, layers, batch)
+            return
         if key not in self._graphs:
             self._graphs[key] = self._captured(encoder, layers, size)
         hidden, cu_seqlens, replay = self._graphs[key]
@@ -82,7 +82,7 @@ class LayerGraphs:
         cu_seqlens[: rows + 1].copy_(batch.cu_seqlens[: rows + 1])
         cu_seqlens[rows + 1 :].fill_(batch.tokens)
         replay()
-        return batch.with_hidden(hidden[:tokens].clone())
+        batch.hidden.copy_(hidden[:tokens])
 
     def _ready(self, key: tuple) -> bool:
         """Whether there is a graph for this, or one should be captured."""
@@ -105,9 +105,7 @@ class LayerGraphs:
         )
 
         def run() -> None:
-            result = run_layers(encoder, layers, fixed).hidden
-            assert result is not None
-            hidden.copy_(result)  # a tensor of its own for each graph's outcome would live as long as the graph
+            run_layers(encoder, layers, fixed)
 
         return hidden, cu_seqlens, self._capture(run, encoder.device)
 

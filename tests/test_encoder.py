@@ -54,11 +54,12 @@ def masked_inputs(mask: str, fill: int = 0) -> tuple[Tensor, Tensor | None]:
 def layer_states(encoder: PackedEncoder, batch: RaggedBatch) -> list[Tensor]:
     """After the embeddings and every layer: the live tokens ``[T, H]``."""
     batch = encoder.embed(batch)
-    states = [batch]
+    assert len(batch.hidden) == token_bucket(batch.tokens)
+    states = [batch.hidden[: batch.tokens].clone()]
     for index in range(encoder.num_layers):
-        states.append(encoder.layer(index, states[-1]))
-    assert all(state.hidden.shape[0] == token_bucket(batch.tokens) for state in states)
-    return [state.hidden[: batch.tokens] for state in states]
+        encoder.layer(index, batch)
+        states.append(batch.hidden[: batch.tokens].clone())
+    return states
 
 
 @torch.no_grad()
@@ -178,39 +179,65 @@ def test_the_encoder_is_a_snapshot() -> None:
         assert torch.equal(one, other)
 
 
+def after_layer(encoder: PackedEncoder, batch: RaggedBatch) -> Tensor:
+    batch = batch.with_hidden(batch.hidden.clone())
+    encoder.layer(0, batch)
+    return batch.hidden
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("room", [0, 5, 64])
 def test_parts_give_the_bits_of_the_whole(monkeypatch, dtype: torch.dtype, room: int) -> None:
     """Parts of at most 32 tokens, a sequence longer than that, buffers with more or less room than parts ask for."""
     encoder = PackedEncoder(
-        backbone_weights(tiny_backbone(bert_config(max_position_embeddings=80))),
+        backbone_weights(tiny_backbone(bert_config(max_position_embeddings=80, hidden_act="relu"))),
         impl=None,
         dtype=dtype,
         device=torch.device("cpu"),
     )
+    assert encoder.layers[0].tiles is None  # not one call, which has parts of its own
     rows = [*random_rows(40), [5] * 80, *random_rows(9, seed=1), [6] * 33]
     batch = encoder.embed(encoder.pack_sequences(rows))
     live = batch.hidden[: batch.tokens]
     batch = batch.with_hidden(F.pad(live, (0, 0, 0, room), value=math.nan))
-    expected = encoder.layer(0, batch).hidden
+    expected = after_layer(encoder, batch)
     monkeypatch.setattr(encoder, "_part_tokens", 32)
     parts = encoder._parts(batch)
     assert len(parts) > 5 and sum(part.tokens for part in parts) == batch.tokens
     assert {part.size for part in parts} == {32, 64, 96} and all(part.tokens <= part.size for part in parts)
-    found = encoder.layer(0, batch).hidden
+    found = after_layer(encoder, batch)
     if dtype == torch.float32 and native_available():
-        assert torch.equal(found, expected)
+        assert torch.equal(found[: batch.tokens], expected[: batch.tokens])
     else:
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
-    assert (found[batch.tokens :] == 0).all()
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(found[: batch.tokens], expected[: batch.tokens], rtol=0, atol=tolerance)
+    assert found[batch.tokens :].isnan().all()  # left alone
 
 
-def test_a_layer_does_not_change_its_input() -> None:
-    encoder = packed_encoder(tiny_backbone(bert_config()))
+@pytest.mark.parametrize("impl", impls())
+def test_a_layer_works_in_place_and_leaves_the_rows_of_others_alone(impl: str) -> None:
+    """Two parts of one batch share its memory: pools cut batches so."""
+    encoder = packed_encoder(tiny_backbone(bert_config()), impl)
     batch = encoder.embed(encoder.pack_sequences(random_rows(5)))
-    before = batch.hidden.clone()
-    after = encoder.layer(0, batch)
-    assert torch.equal(batch.hidden, before) and not torch.equal(after.hidden, before)
+    before, whole = batch.hidden.clone(), after_layer(encoder, batch)
+    one, other = batch.part(0, 2), batch.part(2, 5)
+    encoder.layer(0, one)
+    assert torch.equal(other.hidden, before[one.tokens : batch.tokens])
+    encoder.layer(0, other)
+    torch.testing.assert_close(batch.hidden[: batch.tokens], whole[: batch.tokens], **CLOSE)
+    assert torch.equal(batch.hidden[batch.tokens :], before[batch.tokens :])
+
+
+@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_one_call_gives_the_bits_of_its_operations(dtype: torch.dtype) -> None:
+    weights = backbone_weights(tiny_backbone(bert_config()))
+    encoder = PackedEncoder(weights, impl=None, dtype=dtype, device=torch.device("cpu"))
+    batch = encoder.embed(encoder.pack_sequences(random_rows(40)))
+    assert encoder.layers[0].tiles is not None
+    found = after_layer(encoder, batch)
+    encoder.layers[0].tiles = None
+    assert torch.equal(found[: batch.tokens], after_layer(encoder, batch)[: batch.tokens])
 
 
 def test_order_of_use_is_checked() -> None:

@@ -330,9 +330,9 @@ class Counting:
         self.calls.append(("embed", batch.rows))
         return self.inner.embed(batch)
 
-    def layer(self, index: int, batch: RaggedBatch) -> RaggedBatch:
+    def layer(self, index: int, batch: RaggedBatch) -> None:
         self.calls.append((index, batch.rows))
-        return self.inner.layer(index, batch)
+        self.inner.layer(index, batch)
 
 
 def counted(stages: list[Stage]) -> tuple[list[Stage], list[Any]]:

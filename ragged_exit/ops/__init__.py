@@ -7,10 +7,13 @@ from ragged_exit.ops.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.exit_decide import exit_decide
 from ragged_exit.ops.exit_step import ExitDecision, exit_step
 from ragged_exit.ops.layer_norm import add_layer_norm
+from ragged_exit.ops.tile_layer import TileLayer, TileNorm, take_layer_seconds, tile_layer
 from ragged_exit.ops.tile_linear import TileWeights, fits_tiles, pack_tiles, tile_linear, tiles_available
 
 __all__ = [
     "ExitDecision",
+    "TileLayer",
+    "TileNorm",
     "TileWeights",
     "add_layer_norm",
     "compact",
@@ -20,6 +23,8 @@ __all__ = [
     "fits_tiles",
     "pack_tiles",
     "resolve_impl",
+    "take_layer_seconds",
+    "tile_layer",
     "tile_linear",
     "tiles_available",
     "varlen_attention",

@@ -6,6 +6,8 @@ alone, not on its neighbours, its place or the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,6 +115,31 @@ def tile_linear(
         torch.get_num_threads(),
     )
     return out
+
+
+def tile_layer(
+    hidden: Tensor,  # [Tcap, H]
+    cu_seqlens: Tensor,  # [Bcap + 1]
+    layer: list[Tensor],  # of a TileLayer, in its order
+    num_heads: int,
+    eps: float,
+    kind: str,
+) -> None:
+    is_bf16 = _check_dtype(hidden)
+    cu_seqlens, layer = cu_seqlens.contiguous(), [value.contiguous() for value in layer]
+    _native.tile_layer(
+        hidden.data_ptr(),
+        cu_seqlens.data_ptr(),
+        _addresses(layer),
+        cu_seqlens.shape[0] - 1,
+        *hidden.shape,
+        num_heads,
+        len(layer[7]),  # the bias of feed_forward_up
+        eps,
+        kind == "uer",
+        is_bf16,
+        torch.get_num_threads(),
+    )
 
 
 def embed_layer_norm(
@@ -284,7 +311,7 @@ def _rows(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 else value.contiguous()
 
 
-def _addresses(tensors: tuple[Tensor | None, ...] | list[Tensor | None]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

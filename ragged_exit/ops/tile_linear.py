@@ -83,8 +83,8 @@ def tile_linear(
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device; RuntimeError when "native"
     is asked for and there are no tiles.
     """
-    groups, steps, parts = weights.panels.shape[:3]
-    dtype = next(dtype for dtype, count in PARTS.items() if count == parts)
+    groups, steps, _ = weights.panels.shape[:3]
+    dtype = packed_dtype(weights)
     if x.ndim != 2 or x.shape[1] != steps * BLOCK:
         raise ValueError(f"x: expected [T, {steps * BLOCK}], got {list(x.shape)}")
     if residual is not None:
@@ -99,14 +99,27 @@ def tile_linear(
             raise ValueError(f"{name}: expected a CPU tensor, got one on {value.device}")
         if value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} as the packed weight, got {value.dtype}")
-    asked, impl = impl, resolve_impl(impl, x.device)
-    if impl == "native" and not tiles_available():
-        if asked == "native":
-            raise RuntimeError('impl: "native" was asked for, and this processor has no matrix tiles (AMX)')
-        impl = "reference"
-    if impl == "triton":
+    return _tile_linear(x, *weights, residual, gelu, resolve_tiles(impl, x.device))
+
+
+def packed_dtype(weights: TileWeights) -> torch.dtype:
+    """The dtype of the weight that was packed."""
+    return next(dtype for dtype, count in PARTS.items() if count == weights.panels.shape[2])
+
+
+def resolve_tiles(impl: str | None, device: torch.device) -> str:
+    """ "reference" or "native" for what an op on tiles was asked; "auto" is the reference without tiles.
+
+    Raises as ``resolve_impl``, ValueError for "triton", RuntimeError when "native" is asked for and there are no tiles.
+    """
+    resolved = resolve_impl(impl, device)
+    if resolved == "triton":
         raise ValueError('impl: expected "auto", "reference" or "native", got "triton"')
-    return _tile_linear(x, *weights, residual, gelu, impl)
+    if resolved == "native" and not tiles_available():
+        if impl == "native":
+            raise RuntimeError('impl: "native" was asked for, and this processor has no matrix tiles (AMX)')
+        return "reference"
+    return resolved
 
 
 @torch.library.custom_op("ragged_exit::tile_linear", mutates_args=())

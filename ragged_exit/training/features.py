@@ -32,7 +32,7 @@ def pooled_features(
         types = None if token_type_ids is None else [token_type_ids[row] for row in rows]
         batch = encoder.embed(encoder.pack_sequences([sequences[row] for row in rows], types))
         for layer in range(encoder.num_layers):
-            batch = encoder.layer(layer, batch)
+            encoder.layer(layer, batch)
             assert batch.hidden is not None
             features[rows, layer] = pool_rows(batch.hidden, batch.cu_seqlens, pooling).float().cpu()
         if on_rows is not None:

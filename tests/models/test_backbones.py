@@ -37,7 +37,7 @@ def test_every_layer_equals_the_padded_model(kind: str, side: str, impl: str) ->
     assert encoder.num_layers == len(hidden) - 1 == 4
     batch = encoder.embed(encoder.pack(ids, mask, **types))
     for layer in range(encoder.num_layers):
-        batch = encoder.layer(layer, batch)
+        encoder.layer(layer, batch)
         torch.testing.assert_close(batch.hidden[: batch.tokens], hidden[layer + 1][mask == 1], rtol=0, atol=2e-5)
 
 

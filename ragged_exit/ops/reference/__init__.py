@@ -5,6 +5,7 @@ from ragged_exit.ops.reference.compact import compact
 from ragged_exit.ops.reference.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.reference.exit import exit_decide, exit_step
 from ragged_exit.ops.reference.layer_norm import add_layer_norm
+from ragged_exit.ops.reference.tile_layer import tile_layer
 from ragged_exit.ops.reference.tile_linear import tile_linear
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "embed_layer_norm",
     "exit_decide",
     "exit_step",
+    "tile_layer",
     "tile_linear",
     "varlen_attention",
 ]

@@ -1,0 +1,123 @@
+// A whole layer on matrix tiles: its kernels one after the other, on buffers that stay. (Memory that the allocator gave back
+// to the system returns page by page, at a tenth of the layer's time.)
+//
+// Where there are tokens enough, each thread takes rows of its own through the whole layer: what one kernel writes, the next
+// finds in the thread's own caches, and nobody waits for the others. Fewer tokens go through together, the threads sharing
+// each kernel, since every weight that is read must serve as many tokens as it can.
+#include <algorithm>
+#include <cmath>
+
+#include <omp.h>
+
+#include "kernels.h"
+
+namespace ragged_exit {
+
+namespace {
+
+constexpr int64_t kThreadTokens = 1024;  // or up to twice as many: a thread's share of a large batch, at a time
+constexpr int64_t kLeastTokens = 512;    // that are worth a thread of their own
+
+LayerSeconds spent{};
+
+// Adds the time from its making to its end.
+struct Stopwatch {
+    double& total;
+    double share, start = omp_get_wtime();
+    ~Stopwatch() {
+        const double seconds = (omp_get_wtime() - start) * share;
+#pragma omp atomic
+        total += seconds;
+    }
+};
+
+struct Layer {
+    const LayerArgs& a;
+    int threads;  // that share a kernel
+    double share = static_cast<double>(threads) / a.threads;  // of the time that passes
+    int64_t size = a.bf16 ? 2 : 4, dim = a.width / a.heads;
+    int64_t chunk = threads > 1 ? a.inner : tile_chunk(a.inner, a.bf16);  // of the feed-forward's inner activations
+
+    // Rows [first, last).
+    void run(int64_t first, int64_t last) const {
+        const int64_t start = a.cu_seqlens[first], tokens = a.cu_seqlens[last] - start, row_bytes = a.width * size;
+        if (tokens == 0) return;
+        const int64_t wide_bytes = tokens * std::max(3 * a.width, chunk) * size, offset_bytes = (last - first + 16) / 16 * 64;
+        const int64_t bytes = offset_bytes + wide_bytes + 2 * tokens * row_bytes;
+        char* memory = reinterpret_cast<char*>(workspace((bytes + 3) / 4, Use::layer));
+        int32_t* offsets = reinterpret_cast<int32_t*>(memory);
+        char* wide = memory + offset_bytes;    // queries, keys and values, then a chunk of inner activations
+        char* context = wide + wide_bytes;     // then the feed-forward's outcome
+        char* attended = context + tokens * row_bytes;
+        char* hidden = static_cast<char*>(a.hidden) + start * row_bytes;
+        for (int64_t row = first; row <= last; ++row) offsets[row - first] = a.cu_seqlens[row] - static_cast<int32_t>(start);
+
+        linear(a.qkv, hidden, tokens, a.width, 3 * a.width, nullptr, wide);
+        attend(wide, offsets, last - first, tokens, context);
+        linear(a.attention_output, context, tokens, a.width, a.width, hidden, attended);
+        norm(a.attention_norm, attended, tokens, attended);
+        feed_forward(attended, tokens, wide, context);
+        norm(a.output_norm, context, tokens, hidden);
+    }
+
+    void linear(const LayerArgs::Linear& of, const void* x, int64_t tokens, int64_t inputs, int64_t outputs,
+                const void* residual, void* out) const {
+        const Stopwatch watch{spent.linears, share};
+        tile_linear({x, of.weights, inputs / 32, of.bias, residual, out, tokens, inputs, outputs, inputs, false, a.bf16,
+                     threads});
+    }
+
+    void attend(const char* qkv, const int32_t* offsets, int64_t rows, int64_t tokens, void* out) const {
+        const Stopwatch watch{spent.attention, share};
+        const int64_t stride = 3 * a.width;
+        const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(dim)));
+        attention({qkv, qkv + a.width * size, qkv + 2 * a.width * size, out, offsets, rows, tokens, a.heads, dim, stride, dim,
+                   stride, dim, stride, dim, scale, a.bf16, threads});
+    }
+
+    void norm(const LayerArgs::Norm& of, const void* x, int64_t tokens, void* out) const {
+        const Stopwatch watch{spent.norms, share};
+        kernels().layer_norm({x, nullptr, of.weight, of.bias, out, tokens, a.width, a.width, 0, a.eps, a.uer, a.bf16, threads});
+    }
+
+    // A chunk of inner activations is multiplied further before the next is made, and so does not leave the caches. The
+    // sums are those of whole linears, to the bit: tile_linear's chunks.
+    void feed_forward(const void* x, int64_t tokens, void* inner, void* out) const {
+        const Stopwatch watch{spent.linears, share};
+        const LayerArgs::Linear &up = a.feed_forward_up, &down = a.feed_forward_down;
+        const int64_t per_step = 32 * 32 * (a.bf16 ? 1 : 3);  // numbers of a panel's weights for 32 inputs
+        for (int64_t at = 0; at < a.inner; at += chunk) {
+            const int64_t n = std::min(chunk, a.inner - at);
+            tile_linear({x, up.weights + at / 32 * (a.width / 32) * per_step, a.width / 32, up.bias + at, nullptr, inner,
+                         tokens, a.width, n, a.width, true, a.bf16, threads});
+            tile_linear({inner, down.weights + at / 32 * per_step, a.inner / 32, at == 0 ? down.bias : nullptr,
+                         at == 0 ? x : out, out, tokens, n, a.width, n, false, a.bf16, threads});
+        }
+    }
+};
+
+}  // namespace
+
+void tile_layer(const LayerArgs& a) {
+    const int64_t tokens = a.cu_seqlens[a.rows];
+    if (tokens < kLeastTokens * a.threads) {
+        Layer{a, a.threads}.run(0, a.rows);
+        return;
+    }
+    const int64_t parts = std::max<int64_t>(1, tokens / (kThreadTokens * a.threads)) * a.threads;
+    const Layer layer{a, 1};
+    const auto first_row = [&](int64_t part) {
+        return part == parts ? a.rows
+                             : std::lower_bound(a.cu_seqlens, a.cu_seqlens + a.rows, tokens * part / parts) - a.cu_seqlens;
+    };
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads) if (a.threads > 1)
+    for (int64_t part = 0; part < parts; ++part) layer.run(first_row(part), first_row(part + 1));
+}
+
+LayerSeconds take_layer_seconds() {
+    const LayerSeconds taken = spent;
+    spent = {};
+    return taken;
+}
+
+}  // namespace ragged_exit
