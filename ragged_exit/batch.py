@@ -239,9 +239,9 @@ class RaggedBatch:
 
     @classmethod
     def merge(cls, parts: Sequence[RaggedBatch]) -> RaggedBatch:
-        """The live rows of all ``parts`` (with the same fields and state) one after the other.
+        """The live rows of all ``parts`` (with the same fields and state) one after the other, without hidden states.
 
-        hidden gets the capacity ``token_bucket(T)``, with zeros past the live tokens. ``seqlens`` must be the truth.
+        ``seqlens`` must be the truth.
         """
         merged = cls.from_seqlens(
             torch.cat([part.seqlens for part in parts]),
@@ -249,13 +249,9 @@ class RaggedBatch:
             sample_ids=torch.cat([part.sample_ids[: part.rows] for part in parts]),
             state={name: torch.cat([part.state[name][: part.rows] for part in parts]) for name in parts[0].state},
         )
-        for name in TOKEN_FIELDS:
-            if getattr(parts[0], name) is None:
-                continue
-            values = [getattr(part, name)[: part.tokens] for part in parts]
-            if name == "hidden":
-                values.append(values[0].new_zeros(token_bucket(merged.tokens) - merged.tokens, values[0].shape[1]))
-            setattr(merged, name, torch.cat(values))
+        for name in TOKEN_FIELDS[1:]:
+            if getattr(parts[0], name) is not None:
+                setattr(merged, name, torch.cat([getattr(part, name)[: part.tokens] for part in parts]))
         return merged
 
     def with_hidden(self, hidden: Tensor) -> RaggedBatch:

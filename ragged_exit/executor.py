@@ -79,6 +79,39 @@ class Launched(NamedTuple):
     thresholds: Tensor | None
 
 
+class Survivors(NamedTuple):
+    """The rows that go on after a stage, still where it left them. seqlens: int32 ``[n]``, the truth, on the host."""
+
+    batch: RaggedBatch
+    decision: ExitDecision
+    seqlens: Tensor
+    impl: str | None
+
+    def all_of_them(self) -> RaggedBatch | None:
+        """The batch as it is, where nobody left."""
+        if len(self.seqlens) < self.batch.rows:
+            return None
+        return replace(self.batch, state={**self.batch.state, **self.decision.state})
+
+    def compacted(self) -> RaggedBatch:
+        """A batch of them all."""
+        whole = self.all_of_them()
+        if whole is not None:
+            return whole
+        compacted = compact(self.batch, self.decision, token_bucket(int(self.seqlens.sum())), impl=self.impl)
+        return compacted if self.batch.live_on_host else replace(compacted, seqlens=self.seqlens)
+
+    def part(self, start: int, stop: int, out: Tensor) -> RaggedBatch:
+        """A batch of the survivors ``start:stop``, their hidden states in ``out`` ``[tokens, H]``."""
+        seqlens, ends = self.seqlens[start:stop], self.decision.cu_seqlens[start : stop + 1]
+        some = self.decision._replace(
+            survivors=self.decision.survivors[start:stop],
+            cu_seqlens=ends - ends[0],
+            live=to_device(seqlens.new_tensor([stop - start, len(out)]), self.batch.device),
+        )
+        return replace(compact(self.batch, some, len(out), out=out, impl=self.impl), seqlens=seqlens)
+
+
 class RaggedExecutor:
     """Runs a list of stages on batches; the last stage answers for everybody who is left.
 
@@ -111,7 +144,7 @@ class RaggedExecutor:
             departure, survivors = self.settle(launched, lessons)
             departures.append(departure)
             if survivors is not None:
-                flight.append(self.launch(launched.number + 1, survivors, on_decision))
+                flight.append(self.launch(launched.number + 1, survivors.compacted(), on_decision))
         return conclude(batch.rows, departures, lessons)
 
     def _cohorts(self, batch: RaggedBatch) -> list[RaggedBatch]:
@@ -144,8 +177,8 @@ class RaggedExecutor:
         answers = ToHost([*(value[: batch.rows] for value in of_rows), decision.live, decision.exits[: batch.rows]])
         return Launched(number, batch, decision, answers, thresholds)
 
-    def settle(self, launched: Launched, lessons: list[Lesson]) -> tuple[Departure, RaggedBatch | None]:
-        """Who left at a stage, and who waits before the next, compacted (None: nobody). Waits for that stage alone.
+    def settle(self, launched: Launched, lessons: list[Lesson]) -> tuple[Departure, Survivors | None]:
+        """Who left at a stage, and who waits before the next (None: nobody). Waits for that stage alone.
 
         lessons: of the rows' rules so far; a rule that started with the stage and learns adds one.
         """
@@ -158,15 +191,9 @@ class RaggedExecutor:
                 lesson.note(stage.exit_index, sample_ids, score)
         left = exits.nonzero()[:, 0]
         departure = Departure(stage, sample_ids[left], logits[left], score[left])
-        survivors, tokens = live.tolist()
-        if survivors == 0:
+        if not int(live[0]):
             return departure, None
-        if survivors == batch.rows:  # nobody left: only the rule's state moves on
-            return departure, replace(batch, state={**batch.state, **launched.decision.state})
-        compacted = compact(batch, launched.decision, token_bucket(tokens), impl=self.impl)
-        if not batch.live_on_host:
-            compacted = replace(compacted, seqlens=batch.seqlens[~exits])
-        return departure, compacted
+        return departure, Survivors(batch, launched.decision, batch.seqlens[~exits], self.impl)
 
     def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
         if isinstance(stage.head, MlpHead):

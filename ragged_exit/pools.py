@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ragged_exit.batch import RaggedBatch
-from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, conclude
+from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, Survivors, conclude
 
 MAX_WAIT = 64  # batches that may enter before a row that waits is run, full pool or not
+SPARE = 4  # buffers that are kept for the next launches
 IN_FLIGHT = 2  # stages queued on a device: one is running while the host reads the other's outcome
 
 
@@ -32,47 +34,81 @@ class _Cohort:
     departures: list[Departure] = field(default_factory=list)
 
 
+@dataclass
+class _Filling:
+    """A launch in the making: its rows, one after the other in ``hidden`` ``[capacity, H]``.
+
+    entered: when the oldest of them did.
+    """
+
+    entered: int
+    hidden: Tensor
+    parts: list[RaggedBatch]
+    tokens: int
+
+    def batch(self) -> RaggedBatch:
+        """Its rows, of at most the budget's tokens, or one row."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        return RaggedBatch.merge(self.parts).with_hidden(self.hidden[: self.tokens])
+
+
+class _Buffers:
+    """Memory for the hidden states of a launch of ``budget`` tokens, used again: new memory costs page faults."""
+
+    def __init__(self, budget: int) -> None:
+        self.tokens = token_bucket(budget)
+        self._spare: list[Tensor] = []
+
+    def take(self, tokens: int, like: Tensor) -> Tensor:
+        """``[capacity, H]`` for at least so many tokens, with the width, dtype and device of ``like``."""
+        shape = (max(self.tokens, token_bucket(tokens)), *like.shape[1:])
+        for place, buffer in enumerate(self._spare):
+            if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
+                return self._spare.pop(place)
+        return like.new_empty(shape)
+
+    def give_back(self, buffer: Tensor) -> None:
+        if len(buffer) == self.tokens and len(self._spare) < SPARE:
+            self._spare.append(buffer)
+
+
 class _Pool:
-    """What waits before one stage, oldest first."""
+    """What waits before one stage, oldest first, where it will run: survivors are gathered into launches."""
 
-    def __init__(self) -> None:
-        self.parts: deque[tuple[int, RaggedBatch]] = deque()  # (when the oldest of its rows entered, rows)
-        self.tokens = 0
+    def __init__(self, budget: int, buffers: _Buffers) -> None:
+        self.budget, self.buffers = budget, buffers
+        self.fillings: deque[_Filling] = deque()  # all but the last have no room for the row that came next
 
-    def put(self, entered: int, part: RaggedBatch) -> None:
-        self.parts.append((entered, part))
-        self.tokens += part.tokens
+    def put(self, entered: int, survivors: Survivors, buffer: Tensor) -> None:
+        """``buffer``: where the hidden states of ``survivors.batch`` are, from its beginning; it is used up."""
+        whole = survivors.all_of_them()
+        fits = survivors.batch.tokens <= self.budget <= len(buffer)
+        if whole is not None and not self.fillings and fits:  # it can go on as it is
+            self.fillings.append(_Filling(entered, buffer, [whole], whole.tokens))
+            return
+        ends = survivors.seqlens.cumsum(0)
+        start, done = 0, 0  # rows and tokens that have found their place
+        while start < len(ends):
+            room = max(0, self.budget - self.fillings[-1].tokens) if self.fillings else 0
+            stop = int(torch.searchsorted(ends, done + room, right=True))
+            if stop == start:  # not one fits; a row beyond the budget runs alone
+                stop = max(start + 1, int(torch.searchsorted(ends, done + self.budget, right=True)))
+                self.fillings.append(_Filling(entered, self.buffers.take(int(ends[stop - 1]) - done, buffer), [], 0))
+            filling, tokens = self.fillings[-1], int(ends[stop - 1]) - done
+            place = filling.hidden[filling.tokens : filling.tokens + tokens]
+            filling.parts.append(survivors.part(start, stop, place))
+            filling.entered = min(filling.entered, entered)
+            filling.tokens += tokens
+            start, done = stop, done + tokens
+        self.buffers.give_back(buffer)
+
+    @property
+    def full(self) -> bool:
+        return len(self.fillings) > 1 or (bool(self.fillings) and self.fillings[0].tokens >= self.budget)
 
     def oldest(self) -> int:
-        return min(entered for entered, _ in self.parts)
-
-    def take(self, budget: int) -> tuple[int, RaggedBatch]:
-        """Rows of at most ``budget`` tokens, or one row; a part that does not fit whole is cut."""
-        since, part = self.parts[0]
-        if part.tokens == self.tokens <= budget:  # all there is: no copy
-            self.parts.clear()
-            self.tokens = 0
-            return since, part
-        taken: list[RaggedBatch] = []
-        entered, room = since, budget
-        while self.parts:
-            since, part = self.parts.popleft()
-            rows = int(torch.searchsorted(part.seqlens.cumsum(0), room, right=True))  # that fit
-            if rows == 0 and not taken:
-                rows = 1
-            if rows < part.rows:
-                self.parts.appendleft((since, part.part(rows, part.rows)))
-                if rows == 0:
-                    break
-                part = part.part(0, rows)
-            taken.append(part)
-            entered = min(entered, since)
-            room -= taken[-1].tokens
-            if room <= 0:
-                break
-        merged = RaggedBatch.merge(taken)
-        self.tokens -= merged.tokens
-        return entered, merged
+        return min(filling.entered for filling in self.fillings)
 
 
 class SurvivorPools:
@@ -95,9 +131,12 @@ class SurvivorPools:
         if max_wait < 0:
             raise ValueError(f"max_wait: expected at least 0 batches, got {max_wait}")
         self.executor, self.token_budget, self.max_wait = executor, token_budget, max_wait
-        self._pools = [_Pool() for _ in executor.stages]  # the first stays empty: batches run as they enter
+        self._buffers = _Buffers(token_budget)
+        # the first stays empty: batches run as they enter
+        self._pools = [_Pool(token_budget, self._buffers) for _ in executor.stages]
         self._cohorts: dict[int, _Cohort] = {}  # by number, in the order of entry
-        self._flight: deque[tuple[int, Launched]] = deque()  # as in a pool, and the stage
+        # when the oldest row entered, the stage, and where its hidden states are
+        self._flight: deque[tuple[int, Launched, Tensor]] = deque()
         self._lessons: list[Lesson] = []
         self._entered = 0
         self._rows = 0
@@ -111,7 +150,7 @@ class SurvivorPools:
         self._entered += 1
         while True:
             if (stage := self._due()) is not None:
-                finished += self._run(stage, *self._pools[stage].take(self.token_budget))
+                finished += self._run_waiting(stage)
             elif self._flight and self._overdue(self._flight[0][0]):
                 finished += self._read()
             else:
@@ -121,9 +160,9 @@ class SurvivorPools:
         """Run all that waits, shallow to deep."""
         finished = []
         while True:
-            waiting = next((stage for stage, pool in enumerate(self._pools) if pool.parts), None)
+            waiting = next((stage for stage, pool in enumerate(self._pools) if pool.fillings), None)
             if waiting is not None:
-                finished += self._run(waiting, *self._pools[waiting].take(self.token_budget))
+                finished += self._run_waiting(waiting)
             elif self._flight:
                 finished += self._read()
             else:
@@ -132,10 +171,10 @@ class SurvivorPools:
     def _due(self) -> int | None:
         """The next stage to run: the deepest full pool, else the shallowest with a row that has waited too long."""
         for stage in reversed(range(len(self._pools))):
-            if self._pools[stage].tokens >= self.token_budget:
+            if self._pools[stage].full:
                 return stage
         for stage, pool in enumerate(self._pools):
-            if pool.parts and self._overdue(pool.oldest()):
+            if pool.fillings and self._overdue(pool.oldest()):
                 return stage
         return None
 
@@ -143,9 +182,21 @@ class SurvivorPools:
         """Whether rows that came with batch number ``entered`` have seen too many others enter."""
         return self._entered - entered > self.max_wait
 
-    def _run(self, number: int, entered: int, batch: RaggedBatch) -> list[Finished]:
-        """Queue one stage on a batch whose oldest row came with batch number ``entered``; read what is due."""
-        self._flight.append((entered, self.executor.launch(number, batch)))
+    def _run_waiting(self, number: int) -> list[Finished]:
+        """Queue the next launch of a stage where rows wait."""
+        filling = self._pools[number].fillings.popleft()
+        return self._run(number, filling.entered, filling.batch(), filling.hidden)
+
+    def _run(self, number: int, entered: int, batch: RaggedBatch, buffer: Tensor | None = None) -> list[Finished]:
+        """Queue one stage on a batch whose oldest row came with batch number ``entered``; read what is due.
+
+        buffer: where the batch's hidden states are, from its beginning, if it has any.
+        """
+        launched = self.executor.launch(number, batch)
+        if buffer is None or self.executor.stages[number].restart:  # then they are fresh from the embeddings
+            assert launched.batch.hidden is not None
+            buffer = launched.batch.hidden
+        self._flight.append((entered, launched, buffer))
         finished = []
         while len(self._flight) >= (1 if batch.live_on_host else IN_FLIGHT):
             finished += self._read()
@@ -153,10 +204,12 @@ class SurvivorPools:
 
     def _read(self) -> list[Finished]:
         """Read the oldest stage in flight: its survivors wait before the next."""
-        entered, launched = self._flight.popleft()
+        entered, launched, buffer = self._flight.popleft()
         departure, survivors = self.executor.settle(launched, self._lessons)
-        if survivors is not None:
-            self._pools[launched.number + 1].put(entered, survivors)
+        if survivors is None:
+            self._buffers.give_back(buffer)
+        else:
+            self._pools[launched.number + 1].put(entered, survivors, buffer)
         if len(departure.sample_ids) == 0:
             return []
         self._teach(departure)

@@ -15,33 +15,45 @@ def compact(
     decision: ExitDecision,
     token_capacity: int | None = None,
     *,
+    out: Tensor | None = None,
     impl: str | None = None,
 ) -> RaggedBatch:
     """The batch of the survivors of ``decision``; tokens past the live ones are zero.
 
     token_capacity: rows of the new ``hidden`` (default: the survivors' tokens). Where ``batch.live_on_host`` the row
     capacity shrinks to the survivors; on a GPU it stays, so that no count has to reach the host, and ``token_capacity``
-    is believed.
+    is believed. out: where the new ``hidden`` goes, contiguous ``[token_capacity, H]`` outside of the old one.
 
     Raises ValueError when ``token_capacity`` is smaller than the survivors' tokens, there are no survivors, the
-    decision is another batch's, or an entry of the state has another row count or device than the batch.
+    decision is another batch's, or an entry of the state has another row count or device than the batch; or ``out``
+    another shape, dtype or device than the new ``hidden``.
     """
     seqlens = batch.seqlens
-    row_capacity = batch.row_capacity
-    if decision.survivors.shape != (row_capacity,):
-        raise ValueError(f"decision: expected one of {row_capacity} rows, got {list(decision.survivors.shape)}")
+    row_capacity = decision.survivors.shape[0]  # fewer than the batch's where only some of the survivors are asked for
+    if decision.exits.shape != (batch.row_capacity,):
+        raise ValueError(f"decision: expected one of {batch.row_capacity} rows, got {list(decision.exits.shape)}")
+    if decision.cu_seqlens.shape != (row_capacity + 1,):
+        raise ValueError(
+            f"decision: expected {row_capacity + 1} row ends for {row_capacity} survivors, "
+            f"got {list(decision.cu_seqlens.shape)}"
+        )
     state = {**batch.state, **decision.state}
     for name, value in state.items():
-        if value.shape[:1] != (row_capacity,) or value.device != batch.device:
+        if value.shape[:1] != (batch.row_capacity,) or value.device != batch.device:
             raise ValueError(
-                f'batch.state["{name}"]: expected [{row_capacity}, ...] on {batch.device}, '
+                f'batch.state["{name}"]: expected [{batch.row_capacity}, ...] on {batch.device}, '
                 f"got {list(value.shape)} on {value.device}"
             )
     cu_seqlens = decision.cu_seqlens
     if batch.live_on_host:
-        row_capacity, tokens = decision.live.tolist()
-        if row_capacity == 0:
+        live_rows, tokens = decision.live.tolist()
+        if live_rows == 0:
             raise ValueError("decision: nobody survives; there is no batch to make")
+        if live_rows > row_capacity:
+            raise ValueError(
+                f"decision: expected at most {row_capacity} live rows, as it has survivors, got {live_rows}"
+            )
+        row_capacity = live_rows
         cu_seqlens = cu_seqlens[: row_capacity + 1]
         seqlens = cu_seqlens.diff()
         token_capacity = tokens if token_capacity is None else token_capacity
@@ -52,17 +64,16 @@ def compact(
     elif token_capacity is None:
         raise ValueError("token_capacity: expected a number on a GPU, where the survivors' count is not on the host")
     names = [name for name in TOKEN_FIELDS if getattr(batch, name) is not None]
-    gathered = _compact(
-        [getattr(batch, name) for name in names],
-        [batch.sample_ids, *state.values()],
-        decision.survivors,
-        batch.cu_seqlens,
-        decision.cu_seqlens,
-        decision.live,
-        token_capacity,
-        row_capacity,
-        resolve_impl(impl, batch.device),
-    )
+    tokens_of = [getattr(batch, name) for name in names]
+    rows_of = [batch.sample_ids, *state.values()]
+    plan = (decision.survivors, batch.cu_seqlens, decision.cu_seqlens, decision.live, token_capacity)
+    impl = resolve_impl(impl, batch.device)
+    if out is None:
+        gathered = _compact(tokens_of, rows_of, *plan, row_capacity, impl)
+    else:
+        _check_out(out, batch.hidden, token_capacity)
+        _compact_into(out, tokens_of[0], *plan, impl)
+        gathered = [out, *_compact(tokens_of[1:], rows_of, *plan, row_capacity, impl)]
     rows = gathered[len(names) :]
     return RaggedBatch(
         cu_seqlens=cu_seqlens,
@@ -72,6 +83,17 @@ def compact(
         state=dict(zip(state, rows[1:], strict=True)),
         **dict(zip(names, gathered[: len(names)], strict=True)),
     )
+
+
+def _check_out(out: Tensor, hidden: Tensor | None, token_capacity: int) -> None:
+    if hidden is None:
+        raise ValueError("out: expected None for a batch without hidden states")
+    shape = (token_capacity, *hidden.shape[1:])
+    if out.shape != shape or not out.is_contiguous() or (out.dtype, out.device) != (hidden.dtype, hidden.device):
+        raise ValueError(
+            f"out: expected contiguous {hidden.dtype} {list(shape)} on {hidden.device}, "
+            f"got {out.dtype} {list(out.shape)} {list(out.stride())} on {out.device}"
+        )
 
 
 @torch.library.custom_op("ragged_exit::compact", mutates_args=())
@@ -106,3 +128,18 @@ def _(
     return [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens] + [
         value.new_empty((row_capacity, *value.shape[1:])) for value in rows
     ]
+
+
+@torch.library.custom_op("ragged_exit::compact_into", mutates_args=("out",))
+def _compact_into(
+    out: Tensor,  # [token_capacity, ...]
+    tokens: Tensor,  # [Tcap, ...]
+    survivors: Tensor,
+    cu_seqlens: Tensor,
+    new_cu_seqlens: Tensor,
+    live: Tensor,
+    token_capacity: int,
+    impl: str,
+) -> None:
+    rows = survivors.shape[0]
+    implementation(impl).compact([tokens], [], survivors, cu_seqlens, new_cu_seqlens, live, token_capacity, rows, out)

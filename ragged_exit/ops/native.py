@@ -274,10 +274,12 @@ def compact(
     live: Tensor,  # [2] of the survivors
     token_capacity: int,
     row_capacity: int,
+    out: Tensor | None = None,  # for the first of tokens
 ) -> list[Tensor]:
     tokens = [value.contiguous() for value in tokens]
     rows = [value.contiguous() for value in rows]
-    new_tokens = [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens]
+    given = [] if out is None else [out]
+    new_tokens = given + [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens[len(given) :]]
     new_rows = [value.new_empty((row_capacity, *value.shape[1:])) for value in rows]
     survivors, cu_seqlens = survivors.contiguous(), cu_seqlens.contiguous()
     new_cu_seqlens, live = new_cu_seqlens.contiguous(), live.contiguous()

@@ -112,6 +112,48 @@ def test_everyone_stays(impl, device):
         assert new.untyped_storage().data_ptr() != old.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("start, stop", [(0, 3), (0, 1), (1, 3), (2, 3)])
+def test_some_of_the_survivors_go_where_they_are_told(impl, dtype, device, start, stop):
+    """A slice of the plan, into a place within a larger buffer: what is around stays, and nothing is copied twice."""
+    batch = random_batch([3, 1, 5, 2], 13, seeded(5), dtype=dtype, device=device, token_ids=True)
+    add_state(batch, seeded(5))
+    decision = decide_by_hand(batch, [False, True, False, False])
+    whole = compact(batch, decision, 10, impl=impl)
+    first, last = decision.cu_seqlens[[start, stop]].tolist()
+    some = decision._replace(
+        survivors=decision.survivors[start:stop],
+        cu_seqlens=decision.cu_seqlens[start : stop + 1] - first,
+        live=torch.tensor([stop - start, last - first], dtype=torch.int32, device=device),
+    )
+    buffer = torch.full((20, 13), 7.0, dtype=dtype, device=device)
+    place = buffer[4 : 4 + last - first]
+    part = compact(batch, some, last - first, out=place, impl=impl)
+    assert part.hidden is place
+    assert_same_values(place, whole.hidden[first:last])
+    assert (buffer[:4] == 7).all() and (buffer[4 + last - first :] == 7).all()
+    assert_same_values(part.input_ids, whole.input_ids[first:last])
+    assert part.live.tolist() == [stop - start, last - first]
+    assert_same_values(part.sample_ids[: stop - start], whole.sample_ids[start:stop])
+    for name, value in part.state.items():
+        assert_same_values(value[: stop - start], whole.state[name][start:stop])
+
+
+def test_a_place_that_does_not_fit_is_refused(impl, device):
+    batch = random_batch([2, 1, 3], 4, seeded(6), device=device)
+    decision = decide_by_hand(batch, [True, False, False])
+    for out in (
+        torch.empty(5, 4, device=device),
+        torch.empty(4, 5, device=device),
+        torch.empty(4, 8, device=device)[:, :4],
+        torch.empty(4, 4, dtype=torch.float64, device=device),
+        torch.empty(4, 4, device="meta"),
+    ):
+        with pytest.raises(ValueError, match=r"out: expected contiguous torch\.float32 \[4, 4\]"):
+            compact(batch, decision, 4, out=out, impl=impl)
+    with pytest.raises(ValueError, match="out: expected None"):
+        compact(batch.with_hidden(None), decision, 4, out=torch.empty(4, 4, device=device), impl=impl)
+
+
 def test_odd_memory(impl, dtype, device):
     """Strided, transposed and misaligned sources."""
     batch = random_batch([3, 1, 5, 2], 13, seeded(4), dtype=dtype, device=device)
@@ -160,7 +202,13 @@ def test_another_batchs_decision_or_state_is_refused(impl, device):
     batch = random_batch([2, 1, 3], 4, seeded(6), device=device)
     decision = decide_by_hand(batch, [True, False, False])
     with pytest.raises(ValueError, match=r"decision: expected one of 3 rows, got \[2\]"):
+        compact(batch, decision._replace(exits=decision.exits[:2]), 4, impl=impl)
+    with pytest.raises(ValueError, match=r"decision: expected 3 row ends for 2 survivors, got \[4\]"):
         compact(batch, decision._replace(survivors=decision.survivors[:2]), 4, impl=impl)
+    if batch.live_on_host:
+        few = decision._replace(survivors=decision.survivors[:1], cu_seqlens=decision.cu_seqlens[:2])
+        with pytest.raises(ValueError, match="decision: expected at most 1 live rows, as it has survivors, got 2"):
+            compact(batch, few, 4, impl=impl)
     for bad in (torch.zeros(2, 5, device=device), torch.zeros((), device=device), torch.zeros(3, device="meta")):
         batch.state = {"past": bad}
         with pytest.raises(ValueError, match=r'state."past".: expected \[3, ...\]'):

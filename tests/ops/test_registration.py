@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops import add_layer_norm, compact, dispatch, exit_decide, exit_step, resolve_impl, varlen_attention
 from ragged_exit.ops.attention import _varlen_attention
-from ragged_exit.ops.compact import _compact
+from ragged_exit.ops.compact import _compact, _compact_into
 from ragged_exit.ops.exit_decide import _exit_decide
 from ragged_exit.ops.exit_step import _exit_step
 from ragged_exit.ops.layer_norm import _add_layer_norm, _add_layer_norm_into
@@ -94,7 +94,9 @@ def test_opcheck_compact(impl, dtype, device):
         [batch.hidden, batch.input_ids],
         [batch.sample_ids, torch.ones(3, 2, dtype=torch.bool, device=device)],
     )
-    opcheck(_compact, (tokens, rows, survivors, batch.cu_seqlens, bounds, live, 5, 2, impl))
+    plan = (survivors, batch.cu_seqlens, bounds, live, 5)
+    opcheck(_compact, (tokens, rows, *plan, 2, impl))
+    opcheck(_compact_into, (torch.empty_like(batch.hidden[:5]), batch.hidden, *plan, impl))
 
 
 def test_opcheck_varlen_attention(impl, dtype, device):

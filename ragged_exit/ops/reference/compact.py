@@ -15,6 +15,7 @@ def compact(
     live: Tensor,  # [2] of the survivors
     token_capacity: int,
     row_capacity: int,
+    out: Tensor | None = None,  # for the first of tokens
 ) -> list[Tensor]:
     count = int(live[0])
     kept = survivors[:count].long()
@@ -22,9 +23,10 @@ def compact(
     lengths = (new_cu_seqlens[1 : count + 1] - new_cu_seqlens[:count]).long()
     offset = torch.repeat_interleave(starts - new_cu_seqlens[:count].long(), lengths)
     source = torch.arange(len(offset), device=offset.device) + offset  # [T'] old place of each token
-    return [_gather(value, source, token_capacity) for value in tokens] + [
-        _gather(value, kept, row_capacity) for value in rows
-    ]
+    gathered = [_gather(value, source, token_capacity) for value in tokens]
+    if out is not None:
+        gathered[0] = out.copy_(gathered[0])
+    return gathered + [_gather(value, kept, row_capacity) for value in rows]
 
 
 def _gather(value: Tensor, index: Tensor, capacity: int) -> Tensor:

@@ -87,14 +87,19 @@ def compact(
     live: Tensor,  # [2] of the survivors
     token_capacity: int,
     row_capacity: int,
+    out: Tensor | None = None,  # for the first of tokens
 ) -> list[Tensor]:
     plan = tuple(value.contiguous() for value in (survivors, cu_seqlens, new_cu_seqlens, live))
-    return _gather(tokens, plan, token_capacity, True) + _gather(rows, plan, row_capacity, False)
+    given = [] if out is None else [out]
+    return _gather(tokens, given, plan, token_capacity, True) + _gather(rows, [], plan, row_capacity, False)
 
 
-def _gather(sources: list[Tensor], plan: tuple[Tensor, ...], capacity: int, by_token: bool) -> list[Tensor]:
+def _gather(
+    sources: list[Tensor], given: list[Tensor], plan: tuple[Tensor, ...], capacity: int, by_token: bool
+) -> list[Tensor]:
+    """``given``: the targets of the first sources."""
     sources = [source.contiguous() for source in sources]
-    targets = [source.new_empty((capacity, *source.shape[1:])) for source in sources]
+    targets = given + [source.new_empty((capacity, *source.shape[1:])) for source in sources[len(given) :]]
     pairs = [_as_words(source, target) for source, target in zip(sources, targets, strict=True) if target.numel()]
     for first in range(0, len(pairs), _SLOTS):
         some = pairs[first : first + _SLOTS]
