@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
 from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_bucket
+from ragged_exit.buffers import Buffers
 from ragged_exit.linears import PackedLinear, check_activation
 from ragged_exit.ops import TileLayer, TileNorm, add_layer_norm, embed_layer_norm, tile_layer, varlen_attention
 
@@ -136,8 +137,8 @@ class PackedEncoder:
         if batch.token_type_ids is not None and self.token_type_embeddings is not None:
             _check_range("token_type_ids", batch.token_type_ids, len(self.token_type_embeddings))
 
-    def embed(self, batch: RaggedBatch) -> RaggedBatch:
-        """Fill ``hidden`` ``[token_bucket(T), H]`` from the packed ids."""
+    def embed(self, batch: RaggedBatch, buffers: Buffers | None = None) -> RaggedBatch:
+        """Fill ``hidden`` ``[token_bucket(T), H]`` from the packed ids; ``buffers`` may lend its memory."""
         if batch.input_ids is None or batch.position_ids is None:
             raise ValueError("batch: expected packed input_ids and position_ids, and they are gone")
         norm = self.embedding_norm
@@ -156,11 +157,12 @@ class PackedEncoder:
             impl=self.impl,
         )  # [T, H]
         tokens = batch.input_ids.shape[0]
-        hidden = embedded.new_zeros(token_bucket(tokens), embedded.shape[1])
-        hidden[:tokens] = embedded
+        capacity = token_bucket(tokens)
         if self.embedding_projection is not None:
-            hidden = self.embedding_projection(hidden)
-            hidden[tokens:] = 0  # the projection's bias
+            embedded = self.embedding_projection(F.pad(embedded, (0, 0, 0, capacity - tokens)))[:tokens]
+        hidden = (buffers or Buffers(0)).take(tokens, embedded)
+        hidden[:tokens] = embedded
+        hidden[tokens:] = 0
         return batch.with_hidden(hidden)
 
     def layer(self, index: int, batch: RaggedBatch) -> None:

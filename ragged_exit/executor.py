@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.buffers import Buffers
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.graphs import LayerGraphs, run_layers
 from ragged_exit.heads import MlpHead, TokenHead
@@ -127,6 +128,7 @@ class RaggedExecutor:
         self.stages = list(stages)
         self.impl = impl
         self._run_layers = run_layers if graphs is None else graphs.run
+        self.buffers = Buffers(len(stages) + 2)  # a launch in the making before each stage, one that runs, a new one
         last_restart = max(number for number, stage in enumerate(stages) if stage.restart)
         self._keeps_ids = [number < last_restart for number in range(len(stages))]
 
@@ -166,7 +168,7 @@ class RaggedExecutor:
         if number == 0 or stage.rule is not self.stages[number - 1].rule:
             batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0)
         if stage.restart:
-            batch = stage.encoder.embed(batch)
+            batch = stage.encoder.embed(batch, self.buffers)
         if not self._keeps_ids[number]:
             batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
         self._run_layers(stage.encoder, stage.layers, batch)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.batch import RaggedBatch
+from ragged_exit.buffers import Buffers
 from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, Survivors, conclude
 
 MAX_WAIT = 64  # batches that may enter before a row that waits is run, full pool or not
-SPARE = 4  # buffers that are kept for the next launches
 IN_FLIGHT = 2  # stages queued on a device: one is running while the host reads the other's outcome
 
 
@@ -38,7 +38,7 @@ class _Cohort:
 class _Filling:
     """A launch in the making: its rows, one after the other in ``hidden`` ``[capacity, H]``.
 
-    entered: when the oldest of them did.
+    entered: when the first of them did, which is the oldest.
     """
 
     entered: int
@@ -53,30 +53,10 @@ class _Filling:
         return RaggedBatch.merge(self.parts).with_hidden(self.hidden[: self.tokens])
 
 
-class _Buffers:
-    """Memory for the hidden states of a launch of ``budget`` tokens, used again: new memory costs page faults."""
-
-    def __init__(self, budget: int) -> None:
-        self.tokens = token_bucket(budget)
-        self._spare: list[Tensor] = []
-
-    def take(self, tokens: int, like: Tensor) -> Tensor:
-        """``[capacity, H]`` for at least so many tokens, with the width, dtype and device of ``like``."""
-        shape = (max(self.tokens, token_bucket(tokens)), *like.shape[1:])
-        for place, buffer in enumerate(self._spare):
-            if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
-                return self._spare.pop(place)
-        return like.new_empty(shape)
-
-    def give_back(self, buffer: Tensor) -> None:
-        if len(buffer) == self.tokens and len(self._spare) < SPARE:
-            self._spare.append(buffer)
-
-
 class _Pool:
     """What waits before one stage, oldest first, where it will run: survivors are gathered into launches."""
 
-    def __init__(self, budget: int, buffers: _Buffers) -> None:
+    def __init__(self, budget: int, buffers: Buffers) -> None:
         self.budget, self.buffers = budget, buffers
         self.fillings: deque[_Filling] = deque()  # all but the last have no room for the row that came next
 
@@ -94,11 +74,12 @@ class _Pool:
             stop = int(torch.searchsorted(ends, done + room, right=True))
             if stop == start:  # not one fits; a row beyond the budget runs alone
                 stop = max(start + 1, int(torch.searchsorted(ends, done + self.budget, right=True)))
-                self.fillings.append(_Filling(entered, self.buffers.take(int(ends[stop - 1]) - done, buffer), [], 0))
+                self.fillings.append(
+                    _Filling(entered, self.buffers.take(max(int(ends[stop - 1]) - done, self.budget), buffer), [], 0)
+                )
             filling, tokens = self.fillings[-1], int(ends[stop - 1]) - done
             place = filling.hidden[filling.tokens : filling.tokens + tokens]
             filling.parts.append(survivors.part(start, stop, place))
-            filling.entered = min(filling.entered, entered)
             filling.tokens += tokens
             start, done = stop, done + tokens
         self.buffers.give_back(buffer)
@@ -108,7 +89,7 @@ class _Pool:
         return len(self.fillings) > 1 or (bool(self.fillings) and self.fillings[0].tokens >= self.budget)
 
     def oldest(self) -> int:
-        return min(filling.entered for filling in self.fillings)
+        return self.fillings[0].entered  # rows never overtake each other
 
 
 class SurvivorPools:
@@ -131,9 +112,8 @@ class SurvivorPools:
         if max_wait < 0:
             raise ValueError(f"max_wait: expected at least 0 batches, got {max_wait}")
         self.executor, self.token_budget, self.max_wait = executor, token_budget, max_wait
-        self._buffers = _Buffers(token_budget)
         # the first stays empty: batches run as they enter
-        self._pools = [_Pool(token_budget, self._buffers) for _ in executor.stages]
+        self._pools = [_Pool(token_budget, executor.buffers) for _ in executor.stages]
         self._cohorts: dict[int, _Cohort] = {}  # by number, in the order of entry
         # when the oldest row entered, the stage, and where its hidden states are
         self._flight: deque[tuple[int, Launched, Tensor]] = deque()
@@ -207,7 +187,7 @@ class SurvivorPools:
         entered, launched, buffer = self._flight.popleft()
         departure, survivors = self.executor.settle(launched, self._lessons)
         if survivors is None:
-            self._buffers.give_back(buffer)
+            self.executor.buffers.give_back(buffer)
         else:
             self._pools[launched.number + 1].put(entered, survivors, buffer)
         if len(departure.sample_ids) == 0:

@@ -326,7 +326,7 @@ class Counting:
     def __init__(self, inner: PackedEncoder) -> None:
         self.inner, self.calls = inner, []
 
-    def embed(self, batch: RaggedBatch) -> RaggedBatch:
+    def embed(self, batch: RaggedBatch, buffers: object = None) -> RaggedBatch:
         self.calls.append(("embed", batch.rows))
         return self.inner.embed(batch)
 

@@ -29,7 +29,7 @@ class FakeEncoder:
     def __init__(self) -> None:
         self.launches: list[tuple[int, int, int]] = []  # (layer, rows, tokens)
 
-    def embed(self, batch: RaggedBatch) -> RaggedBatch:
+    def embed(self, batch: RaggedBatch, buffers: object = None) -> RaggedBatch:
         hidden = torch.zeros(token_bucket(batch.tokens), 1)
         hidden[: batch.tokens, 0] = batch.input_ids.float()
         return batch.with_hidden(hidden)
@@ -169,7 +169,7 @@ def test_rows_that_wait_for_a_restart_start_again_together(impl, monkeypatch):
     second = fast.encoders[1]
     restarts: list[RaggedBatch] = []
     embed = second.embed
-    monkeypatch.setattr(second, "embed", lambda batch: restarts.append(batch) or embed(batch))
+    monkeypatch.setattr(second, "embed", lambda batch, *more: restarts.append(batch) or embed(batch, *more))
 
     alone = [fast.executor.run(fast.pack_sequences(*pair)) for pair in pairs]
     apart = [batch.rows for batch in restarts]

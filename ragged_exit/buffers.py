@@ -1,0 +1,33 @@
+"""Memory for hidden states that is used again: on a CPU new memory costs its page faults, more than a copy into it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from torch import Tensor
+
+from ragged_exit.batch import token_bucket
+
+
+class Buffers:
+    """Lends memory and keeps what comes back, at most ``most`` buffers; any thread may take and give."""
+
+    def __init__(self, most: int) -> None:
+        self._spare: deque[Tensor] = deque(maxlen=most)  # the oldest goes where one comes too many
+        self._lock = threading.Lock()
+
+    def take(self, tokens: int, like: Tensor) -> Tensor:
+        """``[token_bucket(tokens), H]``, not initialised, as wide as ``like``, of its dtype and on its device."""
+        shape = (token_bucket(tokens), *like.shape[1:])
+        with self._lock:
+            for place, buffer in enumerate(self._spare):
+                if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
+                    del self._spare[place]
+                    return buffer
+        return like.new_empty(shape)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Nobody reads it any more, but for what a device's stream has still to do."""
+        with self._lock:
+            self._spare.append(buffer)
