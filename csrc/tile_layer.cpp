@@ -106,9 +106,11 @@ void tile_layer(const LayerArgs& a) {
     }
     const int64_t parts = std::max<int64_t>(1, tokens / (kThreadTokens * a.threads)) * a.threads;
     const Layer layer{a, 1};
-    const auto first_row = [&](int64_t part) {
-        return part == parts ? a.rows
-                             : std::lower_bound(a.cu_seqlens, a.cu_seqlens + a.rows, tokens * part / parts) - a.cu_seqlens;
+    const auto first_row = [&](int64_t part) {  // the one that begins nearest to an even share
+        if (part == parts) return a.rows;
+        const int64_t share = tokens * part / parts;
+        const int64_t row = std::lower_bound(a.cu_seqlens, a.cu_seqlens + a.rows, share) - a.cu_seqlens;
+        return row > 0 && share - a.cu_seqlens[row - 1] < a.cu_seqlens[row] - share ? row - 1 : row;
     };
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads) if (a.threads > 1)
     for (int64_t part = 0; part < parts; ++part) layer.run(first_row(part), first_row(part + 1));

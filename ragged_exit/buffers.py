@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+import torch
 from torch import Tensor
 
 from ragged_exit.batch import token_bucket
@@ -20,9 +21,10 @@ class Buffers:
     def take(self, tokens: int, like: Tensor) -> Tensor:
         """``[token_bucket(tokens), H]``, not initialised, as wide as ``like``, of its dtype and on its device."""
         shape = (token_bucket(tokens), *like.shape[1:])
+        wanted = (shape, like.dtype, like.device, torch.is_inference_mode_enabled())  # each mode has tensors of its own
         with self._lock:
             for place, buffer in enumerate(self._spare):
-                if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
+                if (buffer.shape, buffer.dtype, buffer.device, buffer.is_inference()) == wanted:
                     del self._spare[place]
                     return buffer
         return like.new_empty(shape)
@@ -31,3 +33,6 @@ class Buffers:
         """Nobody reads it any more, but for what a device's stream has still to do."""
         with self._lock:
             self._spare.append(buffer)
+
+    def __reduce__(self) -> tuple[type[Buffers], tuple[int | None]]:
+        return Buffers, (self._spare.maxlen,)  # a copy has memory of its own

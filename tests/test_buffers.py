@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import copy
 
+import torch
+from tiny import one_thread, random_rows, tiny_deebert  # noqa: F401  (one_thread: autouse)
+
+import ragged_exit as rx
 from ragged_exit.buffers import Buffers
 
 
@@ -29,3 +33,21 @@ def test_only_so_many_are_kept_the_newest() -> None:
             buffers.give_back(buffer)
         again = [buffers.take(tokens, like) is buffer for tokens, buffer in zip((32, 64, 96), given, strict=True)]
         assert again == [False, most > 0, most > 0]
+
+
+def test_inference_mode_has_buffers_of_its_own() -> None:
+    """Outside of it nothing may be written into a tensor that was made within."""
+    fast = rx.accelerate(tiny_deebert(), threshold=0.9)
+    rows = random_rows(30)
+    for _ in range(2):
+        streamed = [row.exit_layer for row in fast.stream(rows, token_budget=64)]
+        assert fast.executor.run(fast.pack_sequences(rows)).exit_layer.tolist() == streamed
+
+
+def test_a_copy_shares_no_memory() -> None:
+    buffers, like = Buffers(3), torch.empty(0, 2)
+    buffer = buffers.take(32, like)
+    buffers.give_back(buffer)
+    other = copy.deepcopy(buffers)
+    assert other.take(32, like) is not buffer
+    assert buffers.take(32, like) is buffer
