@@ -8,7 +8,7 @@
 namespace ragged_exit {
 namespace tiles {
 
-constexpr int64_t kParts = 3;             // of a float, see tiles_linear_float.inl.h
+constexpr int64_t kParts = 3;  // of a float, see tiles_linear_float.inl.h
 constexpr int64_t kWholeBytes = 5 << 18;  // of a chunk's weights are one group: they fit a second-level cache of 2 MiB
 constexpr int64_t kGroupBytes = 1 << 20;  // of larger ones; 3/4 (float), 1/2 (bfloat16) and 3/2 of it are slower
 constexpr int64_t kItemsPerThread = 4;    // at least, so that an uneven share costs little
