@@ -24,7 +24,7 @@ from ragged_exit.bench.gpu import CardReport, card_contenders, card_references, 
 from ragged_exit.bench.measure import measure
 from ragged_exit.bench.report import workload_facts
 from ragged_exit.bench.synthetic import PROFILES, SHAPES, fit_heads, random_deebert, random_workload, uniform_exits
-from ragged_exit.bench.workload import work
+from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 
 SEED = 20
@@ -66,6 +66,9 @@ def main(
     check_on = random_workload(CHECKED_ROWS, SEED + 1, profile)
     on_card = copy.deepcopy(model).to(place, precision)
 
+    def draw(number: int) -> Workload:
+        return random_workload(rows, 1000 + number, profile)
+
     def say(line: str) -> None:
         console.print(line, style="dim")
 
@@ -76,20 +79,18 @@ def main(
         card_contenders(on_card, accelerate(model, rule=rule, dtype=precision, device=place), compiled=compiled),
         check_on,
         expected,
-        lambda number: random_workload(rows, 1000 + number, profile),
+        draw,
         repeats=repeats,
         dtype=precision,
         on_step=say,
-        tuning_rows=rows,
     )
-    layers, exits = model.config.num_hidden_layers, expected.exits.exit_layer
-    facts = workload_facts(check_on, exits, exits, model.config, layers)
-    full = work(model.config, check_on.lengths, exits * 0 + layers, exits * 0 + 1) * rows / len(check_on)
+    exit_layers = next(item for item in measured if item.contender.name == "ragged").exit_layers
+    timed = [draw(repeat) for repeat in range(repeats)]
+    facts = workload_facts(timed, exit_layers, model.config, model.config.num_hidden_layers)
     report = CardReport(
         title=f"BERT {shape}, random encoder, {profile} lengths, {dtype}, {place}",
         measured=measured,
-        workload=facts | {"sequences": rows, "threshold": rule.to_dict()["threshold"]},
-        flops=(full * facts["work_fraction"], full),
+        workload=facts | {"threshold": rule.to_dict()["threshold"]},
         rate=rate,
         close=int(expected.close.sum()),
     )

@@ -77,7 +77,7 @@ def main(
         for name, ops in OPS.items()
     }
     seconds["everything else"] = wall - sum(seconds.values())
-    alone = linear_seconds(model.config, workload.lengths, answers.exit_layer, precision)
+    alone = linear_seconds(model.config, precision) * workload.token_layers(answers.exit_layer)
     _print(f"BERT {shape}, {profile_name}, {dtype.value}, {'full depth' if full else 'exits'}", seconds, wall, alone)
     if json is not None:
         found = {"seconds": seconds, "wall": wall, "linears_alone": alone, "token_budget": token_budget, "rows": rows}

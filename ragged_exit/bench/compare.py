@@ -39,7 +39,8 @@ def compare(
     """Compare every contender's answers with the reference, then time them on ``draw(0)``, ``draw(1)``, ...
 
     The reference runs the first ``REFERENCE_ROWS`` rows of ``check_on`` one at a time; accuracy is of all its rows.
-    model is the fp32 reference; contenders compute in ``dtype``. ``draw`` gives equally many rows each time. peers:
+    What was timed is what the work fraction and the roofline count. model is the fp32 reference; contenders compute in
+    ``dtype``. ``draw`` gives equally many rows each time, the same for the same number. peers:
     more contenders; missing: those that could not be had, and why.
     """
     say("the reference model, row by row")
@@ -55,16 +56,17 @@ def compare(
         on_step=say,
     )
     ragged = next(item for item in measured if item.contender.name == "ragged")
-    exit_layer = ragged.answers.exit_layer  # of every row of check_on
-    timed = len(draw(0))
-    facts = workload_facts(check_on, exit_layer, exit_layer, model.config, model.config.num_hidden_layers)
-    linears = linear_seconds(model.config, check_on.lengths, exit_layer, dtype)
+    timed = [draw(repeat) for repeat in range(repeats)]
+    facts = workload_facts(timed, ragged.exit_layers, model.config, model.config.num_hidden_layers)
+    linears = linear_seconds(model.config, dtype)
     return Report(
         title=f"{title}, {str(dtype).removeprefix('torch.')}",
         measured=measured,
-        workload=facts | {"sequences": timed, "threshold": rule.to_dict()["threshold"]},
-        linear_seconds=linears * timed / len(check_on),
-        exit_layer=exit_layer,
+        workload=facts | {"threshold": rule.to_dict()["threshold"]},
+        linear_seconds=[
+            linears * rows.token_layers(layers) for rows, layers in zip(timed, ragged.exit_layers, strict=True)
+        ],
+        exit_layer=ragged.answers.exit_layer,
         num_layers=model.config.num_hidden_layers,
         curve=curve,
         chosen=chosen,

@@ -25,7 +25,8 @@ from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import token_budget_batches
 
 ROW_BATCHES = (32, 64, 128)
-TOKEN_BUDGETS = (2048, 4096, 8192)
+TOKEN_BUDGETS = (8192, 16384, 32768)
+TUNING_ROWS = 256  # fill several padded batches
 PADDED_ROWS = 384  # slow, and in arrival order: a sample tells its rate
 
 
@@ -48,6 +49,7 @@ class Contender:
 
     run: (workload, batch size) -> answers. sizes: the batch sizes (rows, or tokens for ours) to choose the best from.
     exits: must match the early-exit reference, else the full-depth model. rows: answers only that many rows (a sample).
+    tuning_rows: so many choose the size; None: as many as will be timed.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Contender:
     sizes: tuple[int, ...]
     exits: bool
     rows: int | None = None
+    tuning_rows: int | None = TUNING_ROWS
 
 
 def contenders(
@@ -70,8 +73,8 @@ def contenders(
         Contender("padded_sorted_prepacked", padded(prepacked, by_length=True), ROW_BATCHES, exits=False),
         Contender("batch1", padded_exit(model, rule), (1,), exits=True, rows=batch1_rows),
         Contender("padded_exit", padded_exit(model, rule), ROW_BATCHES, exits=True),
-        Contender("ragged_full", ragged(fast, full), TOKEN_BUDGETS, exits=False),
-        Contender("ragged", ragged(fast, fast.executor), TOKEN_BUDGETS, exits=True),
+        Contender("ragged_full", ragged(fast, full), TOKEN_BUDGETS, exits=False, tuning_rows=None),
+        Contender("ragged", ragged(fast, fast.executor), TOKEN_BUDGETS, exits=True, tuning_rows=None),
     ]
 
 

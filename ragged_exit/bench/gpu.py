@@ -29,7 +29,7 @@ from ragged_exit.bench.contenders import (
 )
 from ragged_exit.bench.environment import environment
 from ragged_exit.bench.measure import MARGIN, Measured, References, references
-from ragged_exit.bench.report import contender_row
+from ragged_exit.bench.report import contender_row, realised_over_ideal
 from ragged_exit.bench.workload import Workload
 from ragged_exit.executor import RaggedExecutor
 from ragged_exit.graphs import LayerGraphs
@@ -63,7 +63,7 @@ def card_contenders(model: DeeBert, fast: AcceleratedModel, *, compiled: bool) -
             executor = RaggedExecutor(stages, impl=fast.impl, graphs=LayerGraphs() if suffix else None)
             exits = name == "ragged"
             found.append(Contender(name + suffix, ragged(fast, executor), TOKEN_BUDGETS, exits=exits))
-    return [replace(contender, run=_to_the_end(contender.run)) for contender in found]
+    return [replace(contender, run=_to_the_end(contender.run), tuning_rows=None) for contender in found]
 
 
 def _on(device: torch.device, forward: PaddedForward) -> PaddedForward:
@@ -131,13 +131,12 @@ def _synchronise(device: torch.device) -> None:
 class CardReport:
     """What was measured, and what follows from it.
 
-    flops: of one timed workload, (with exits, at full depth). rate: FLOP/s of the card's matrix product.
+    workload: ``workload_facts`` of what was timed. rate: FLOP/s of the card's matrix product.
     """
 
     title: str
     measured: list[Measured]
     workload: dict[str, Any]
-    flops: tuple[float, float]
     rate: float
     close: int  # rows that may leave elsewhere, of those that were checked
 
@@ -156,12 +155,14 @@ class CardReport:
         return min(found, key=lambda item: item.median).contender.name if found else None
 
     def realised_over_ideal(self, name: str) -> float | None:
-        gain = self.ratio(PAIRS[name], name)
-        return None if gain is None else gain * self.workload["work_fraction"]
+        full, ragged = self.of(PAIRS[name]), self.of(name)
+        if full is None or ragged is None:
+            return None
+        return realised_over_ideal(full, ragged, self.workload["work_fractions"])
 
     def share_of_matrix_rate(self, item: Measured) -> float | None:
         """FLOPs on the tokens that there are and the layers that must run, a second, of ``rate``."""
-        needed = self.flops[0] if item.contender.exits else self.flops[1]
+        needed = self.workload["flops" if item.contender.exits else "full_flops"]
         return needed / item.median / self.rate if item.matches else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ MAX_LOGIT_ERROR = 1e-3  # fp32
 MARGIN = 1e-5  # on the score, where a decision may fall either way
 MIN_AGREEMENT = 0.99  # bf16: share of labels equal to the fp32 reference
 MAX_ACCURACY_LOSS = 0.003  # bf16
-TUNING_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,16 @@ class References:
 
 @dataclass
 class Measured:
-    """A contender's best size, its answers and whether they match, and the seconds of each repeat."""
+    """A contender's best size, its answers and whether they match; of each repeat the seconds and the exits.
+
+    exit_layers: int64 ``[N]`` a repeat, of the rows that were timed.
+    """
 
     contender: Contender
     size: int
     answers: Answers  # to the rows that were checked
     seconds: list[float] = field(default_factory=list)
+    exit_layers: list[Tensor] = field(default_factory=list)
     accuracy: float | None = None
     max_logit_error: float = 0.0
     wrong_exits: int = 0
@@ -118,17 +121,16 @@ def measure(
     repeats: int,
     dtype: torch.dtype,
     on_step: Callable[[str], None] = lambda step: None,
-    tuning_rows: int = TUNING_ROWS,
 ) -> list[Measured]:
     """Check every contender on ``check_on``, choose its batch size, then time all of them in turns.
 
     draw(number) gives workload ``number``: other rows in another order each time, so that each batch is seen once.
-    Numbers below 0 are for choosing sizes, ``tuning_rows`` of each.
+    Numbers below 0 are for choosing sizes.
     """
     results = []
     for contender in contenders:
         on_step(f"checking {contender.name}")
-        size = _best_size(contender, draw, tuning_rows)
+        size = _best_size(contender, draw)
         measured = Measured(contender, size, contender.run(_limited(check_on, contender), size))
         check(measured, check_on, expected, dtype)
         results.append(measured)
@@ -138,25 +140,29 @@ def measure(
         for measured in results[shift:] + results[:shift]:
             on_step(f"timing {measured.contender.name}, repeat {repeat + 1} of {repeats}")
             part = _limited(workload, measured.contender)
-            measured.seconds.append(_seconds(measured.contender, part, measured.size) * len(workload) / len(part))
+            seconds, answers = _timed(measured.contender, part, measured.size)
+            measured.seconds.append(seconds * len(workload) / len(part))
+            measured.exit_layers.append(answers.exit_layer)
     return results
 
 
-def _best_size(contender: Contender, draw: Callable[[int], Workload], rows: int) -> int:
+def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:
     if len(contender.sizes) == 1:
         return contender.sizes[0]
     times = {}
     for number, size in enumerate(contender.sizes):
-        warm, timed = (draw(-1 - place).select(range(rows)) for place in (number, len(contender.sizes)))
+        warm, timed = (draw(-1 - place) for place in (number, len(contender.sizes)))
+        if contender.tuning_rows is not None:
+            warm, timed = (rows.select(range(contender.tuning_rows)) for rows in (warm, timed))
         contender.run(warm, size)  # kernels for this size's shapes are built here, not in the next line
-        times[size] = _seconds(contender, timed, size)
+        times[size], _ = _timed(contender, timed, size)
     return min(times, key=lambda size: times[size])
 
 
-def _seconds(contender: Contender, workload: Workload, size: int) -> float:
+def _timed(contender: Contender, workload: Workload, size: int) -> tuple[float, Answers]:
     start = time.perf_counter()
-    contender.run(workload, size)
-    return time.perf_counter() - start
+    answers = contender.run(workload, size)
+    return time.perf_counter() - start, answers
 
 
 def _limited(workload: Workload, contender: Contender) -> Workload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,16 @@ from ragged_exit.calibration.threshold import Point
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the table, the picture and the JSON say."""
+    """Everything that the table, the picture and the JSON say.
+
+    workload: ``workload_facts`` of what was timed, and the threshold. linear_seconds: of each repeat, the executed
+    linears alone. exit_layer: int64 ``[N]`` of the rows that were checked.
+    """
 
     title: str
     measured: list[Measured]
     workload: dict[str, Any]
-    linear_seconds: float | None
+    linear_seconds: Sequence[float]
     exit_layer: Tensor
     num_layers: int
     curve: Sequence[Point] = ()
@@ -43,13 +48,17 @@ class Report:
 
     @property
     def realised_over_ideal(self) -> float | None:
-        gain = self.ratio("ragged_full", "ragged")
-        return None if gain is None else gain * self.workload["work_fraction"]
+        full, ragged = self.of("ragged_full"), self.of("ragged")
+        if not (full.matches and ragged.matches):
+            return None
+        return realised_over_ideal(full, ragged, self.workload["work_fractions"])
 
     @property
     def roofline_fraction(self) -> float | None:
-        matches = self.of("ragged").matches
-        return None if self.linear_seconds is None or not matches else self.linear_seconds / self.of("ragged").median
+        ragged = self.of("ragged")
+        if not ragged.matches:
+            return None
+        return statistics.median(a / b for a, b in zip(self.linear_seconds, ragged.seconds, strict=True))
 
     @property
     def best_peer(self) -> str | None:
@@ -157,16 +166,34 @@ def contender_row(item: Measured, rows: int, speedup_vs_padded: float | None) ->
     }
 
 
+def realised_over_ideal(full: Measured, ragged: Measured, work_fractions: Sequence[float]) -> float:
+    """seconds of ``full`` over seconds of ``ragged`` times the work fraction, of each repeat: the median."""
+    repeats = zip(full.seconds, ragged.seconds, work_fractions, strict=True)
+    return statistics.median(a / b * fraction for a, b, fraction in repeats)
+
+
 def workload_facts(
-    workload: Workload, exit_layer: Tensor, evaluated_exits: Tensor, config: Any, num_layers: int
+    timed: Sequence[Workload], exit_layers: Sequence[Tensor], config: Any, num_layers: int
 ) -> dict[str, Any]:
-    """The ``workload`` section of the JSON. exit_layer, evaluated_exits: int64 ``[N]`` of the early-exit reference."""
-    full = work(config, workload.lengths, exit_layer * 0 + num_layers, exit_layer * 0 + 1)
+    """The ``workload`` section of the JSON: means over the repeats, and of each its work fraction.
+
+    exit_layers: where the rows of each workload left, int64 ``[N]``; all exits up to there were evaluated.
+    """
+    repeats = len(timed)
+    done = [work(config, rows.lengths, exits, exits) for rows, exits in zip(timed, exit_layers, strict=True)]
+    full = [
+        work(config, rows.lengths, exits * 0 + num_layers, exits * 0 + 1)
+        for rows, exits in zip(timed, exit_layers, strict=True)
+    ]
+    fractions = [some / everything for some, everything in zip(done, full, strict=True)]
     return {
-        "sequences": len(workload),
-        "tokens": sum(workload.lengths),
-        "padding_rate": workload.padding_rate(),
-        "mean_exit_layer": float(exit_layer.double().mean()),
+        "sequences": len(timed[0]),
+        "tokens": sum(sum(rows.lengths) for rows in timed) / repeats,
+        "padding_rate": sum(rows.padding_rate() for rows in timed) / repeats,
+        "mean_exit_layer": sum(float(exits.double().mean()) for exits in exit_layers) / repeats,
         "num_layers": num_layers,
-        "work_fraction": work(config, workload.lengths, exit_layer, evaluated_exits) / full,
+        "flops": sum(done) / repeats,
+        "full_flops": sum(full) / repeats,
+        "work_fraction": sum(fractions) / repeats,
+        "work_fractions": fractions,
     }

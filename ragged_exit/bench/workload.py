@@ -37,6 +37,10 @@ class Workload:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.select(order[:count].tolist())
 
+    def token_layers(self, executed_layers: Tensor) -> float:
+        """Layers that tokens ran through in all; executed_layers int64 ``[N]``."""
+        return float((torch.tensor(self.lengths, dtype=torch.float64) * executed_layers).sum())
+
     def padding_rate(self, batch_size: int = 32) -> float:
         """Share of padding in batches of ``batch_size`` in arrival order, each padded to its longest."""
         lengths = self.lengths

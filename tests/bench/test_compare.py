@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from ragged_exit.bench import measure as measuring
 from ragged_exit.bench.compare import compare
 from ragged_exit.bench.contenders import Answers, contenders, with_prepacked_linears
 from ragged_exit.bench.synthetic import uniform_exits
-from ragged_exit.bench.workload import Workload
+from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.exit_table import exit_table
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -31,6 +32,10 @@ def random_model(config):
 @pytest.fixture(scope="module")
 def model():
     return random_model(BertConfig(**SIZES, num_labels=2))
+
+
+def fast_stream(model, rule, rows: Workload):
+    return rx.accelerate(model, rule=rule).stream(rows.sequences)
 
 
 def workload(rows: int, seed: int) -> Workload:
@@ -112,12 +117,34 @@ def test_uniform_exits_are_uniform(model, rule):
 def test_figures_follow_from_the_timings(report):
     for item, seconds in zip(report.measured, (8.0, 4.0, 3.0, 9.0, 5.0, 2.0, 1.0), strict=True):
         item.seconds = [seconds] * 3
-    found = report.to_dict()
+    facts = report.workload | {"work_fractions": [0.3, 0.45, 0.4]}
+    found = replace(report, workload=facts, linear_seconds=[0.5, 0.7, 0.8]).to_dict()
     by_name = {item["name"]: item for item in found["contenders"]}
     assert by_name["ragged"]["speedup_vs_padded"] == 8.0
     assert found["factors"] == {"gemm_library": 4 / 3, "padding": 2.0 * 1.5, "depth": 2.0}
-    assert found["realised_over_ideal"] == pytest.approx(2 * found["workload"]["work_fraction"])
-    assert 0 < found["workload"]["work_fraction"] < 1
+    assert found["realised_over_ideal"] == pytest.approx(2 * 0.4)
+    assert found["roofline_fraction"] == pytest.approx(0.7)
+
+
+def test_the_facts_are_of_the_rows_that_were_timed(model, rule, report):
+    timed = [workload(40, 100 + number) for number in range(3)]
+    layers = [torch.tensor([row.exit_layer for row in fast_stream(model, rule, rows)]) for rows in timed]
+    fractions = [
+        work(model.config, rows.lengths, exits, exits) / work(model.config, rows.lengths, exits * 0 + 3, exits * 0 + 1)
+        for rows, exits in zip(timed, layers, strict=True)
+    ]
+    assert len(set(fractions)) == 3
+    facts = report.workload
+    assert facts["work_fractions"] == pytest.approx(fractions)
+    assert facts["work_fraction"] == pytest.approx(sum(fractions) / 3) and 0 < facts["work_fraction"] < 1
+    assert facts["mean_exit_layer"] == pytest.approx(float(torch.cat(layers).double().mean()))
+    assert facts["tokens"] == pytest.approx(sum(map(sum, (rows.lengths for rows in timed))) / 3)
+    token_layers = [
+        sum(map(math.prod, zip(rows.lengths, exits.tolist(), strict=True)))
+        for rows, exits in zip(timed, layers, strict=True)
+    ]
+    rates = [seconds / done for seconds, done in zip(report.linear_seconds, token_layers, strict=True)]
+    assert rates == pytest.approx([rates[0]] * 3)
 
 
 def test_wrong_answers_get_no_speed_up(report, tmp_path):
