@@ -143,7 +143,9 @@ class PackedEncoder:
             raise ValueError("batch: expected packed input_ids and position_ids, and they are gone")
         norm = self.embedding_norm
         assert norm.bias is not None
-        embedded = embed_layer_norm(
+        tokens = batch.input_ids.shape[0]
+        hidden = (buffers or Buffers(0)).take(tokens, self.word_embeddings)  # [token_bucket(T), E]
+        embed_layer_norm(
             batch.input_ids,
             batch.position_ids,
             None if self.token_type_embeddings is None else batch.token_type_ids,
@@ -154,14 +156,11 @@ class PackedEncoder:
             norm.bias,
             self.norm_eps,
             self.norm_kind,
+            out=hidden[:tokens],
             impl=self.impl,
-        )  # [T, H]
-        tokens = batch.input_ids.shape[0]
-        capacity = token_bucket(tokens)
+        )
         if self.embedding_projection is not None:
-            embedded = self.embedding_projection(F.pad(embedded, (0, 0, 0, capacity - tokens)))[:tokens]
-        hidden = (buffers or Buffers(0)).take(tokens, embedded)
-        hidden[:tokens] = embedded
+            hidden = self.embedding_projection(hidden)  # [token_bucket(T), H]
         hidden[tokens:] = 0
         return batch.with_hidden(hidden)
 

@@ -21,6 +21,7 @@ def embed_layer_norm(
     eps: float,
     kind: str = "standard",
     *,
+    out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """LayerNorm of word[input_ids] + token_type[token_type_ids] + position[position_ids] -> ``[T, H]``.
@@ -28,7 +29,7 @@ def embed_layer_norm(
     The ids: int64 ``[T]``; without token_type_ids every token has type 0. word ``[V, H]``, position ``[S, H]``,
     token_type ``[Y, H]`` or None: tables of one floating dtype, which is the result's; sums in fp32. weight, bias, eps
     and kind: as in ``add_layer_norm``. Ids outside a table are an error on a CPU; a GPU reads zeros for them, since a
-    check would wait for it.
+    check would wait for it. out: where to write, contiguous ``[T, H]``.
 
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device.
     """
@@ -60,7 +61,13 @@ def embed_layer_norm(
                 raise ValueError(f"{ids_name}: expected 0 to {len(table) - 1} (rows of {name}), got {low} to {high}")
     _check_like_word("weight", weight, word.shape[1:], word)
     _check_like_word("bias", bias, word.shape[1:], word)
-    return _embed_layer_norm(
+    if out is None:
+        out = word.new_empty(len(input_ids), word.shape[1])
+    _check_like_word("out", out, (len(input_ids), word.shape[1]), word)
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
+    _embed_layer_norm(
+        out,
         input_ids,
         position_ids,
         token_type_ids,
@@ -73,6 +80,7 @@ def embed_layer_norm(
         kind,
         resolve_impl(impl, word.device),
     )
+    return out
 
 
 def _check_like_word(name: str, value: Tensor, shape: tuple[int, ...], word: Tensor) -> None:
@@ -82,8 +90,9 @@ def _check_like_word(name: str, value: Tensor, shape: tuple[int, ...], word: Ten
         raise TypeError(f"{name}: expected the dtype of word, {word.dtype}, got {value.dtype}")
 
 
-@torch.library.custom_op("ragged_exit::embed_layer_norm", mutates_args=())
+@torch.library.custom_op("ragged_exit::embed_layer_norm", mutates_args=("out",))
 def _embed_layer_norm(
+    out: Tensor,
     input_ids: Tensor,
     position_ids: Tensor,
     token_type_ids: Tensor | None,
@@ -95,24 +104,7 @@ def _embed_layer_norm(
     eps: float,
     kind: str,
     impl: str,
-) -> Tensor:
-    return implementation(impl).embed_layer_norm(
-        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, kind
+) -> None:
+    implementation(impl).embed_layer_norm(
+        out, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, kind
     )
-
-
-@_embed_layer_norm.register_fake
-def _(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    kind: str,
-    impl: str,
-) -> Tensor:
-    return word.new_empty((input_ids.shape[0], word.shape[1]))

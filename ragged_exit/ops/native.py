@@ -143,6 +143,7 @@ def tile_layer(
 
 
 def embed_layer_norm(
+    out: Tensor,  # [T, H]
     input_ids: Tensor,  # [T]
     position_ids: Tensor,  # [T]
     token_type_ids: Tensor | None,  # [T]
@@ -153,9 +154,8 @@ def embed_layer_norm(
     bias: Tensor,  # [H]
     eps: float,
     kind: str,
-) -> Tensor:
+) -> None:
     is_bf16 = _check_dtype(word)
-    out = word.new_empty(input_ids.shape[0], word.shape[1])
     ids = [None if value is None else value.contiguous() for value in (input_ids, position_ids, token_type_ids)]
     tables = [None if value is None else value.contiguous() for value in (word, position, token_type)]
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -172,7 +172,6 @@ def embed_layer_norm(
         is_bf16,
         torch.get_num_threads(),
     )
-    return out
 
 
 def exit_step(

@@ -75,6 +75,23 @@ def test_nan_stays_in_its_token(impl, dtype, device):
     assert_same_values(broken[~touched], clean[~touched])
 
 
+def test_into_a_place_within_a_larger_buffer(impl, dtype, device):
+    values = inputs(20, 40, "ids", 4, dtype, device)
+    expected = embed_layer_norm(*values, 1e-6, impl=impl)
+    buffer = torch.full((30, 40), math.nan, dtype=dtype, device=device)
+    out = embed_layer_norm(*values, 1e-6, out=buffer[3:23], impl=impl)
+    assert out.data_ptr() == buffer[3].data_ptr()
+    assert_same_values(buffer[3:23], expected)
+    assert buffer[:3].isnan().all() and buffer[23:].isnan().all()
+    for wrong, error in (
+        (buffer[:19], ValueError),
+        (buffer[:20].double(), TypeError),
+        (buffer[:20].T.contiguous().T, ValueError),
+    ):
+        with pytest.raises(error, match="out: expected"):
+            embed_layer_norm(*values, 1e-6, out=wrong, impl=impl)
+
+
 def test_strided_tables_and_ids(impl, device):
     values = list(inputs(20, 40, "ids", 2, torch.float32, device))
     expected = embed_layer_norm(*values, 1e-6, impl=impl)
@@ -97,5 +114,5 @@ def test_ids_outside_a_table_are_refused(impl, device):
                 embed_layer_norm(*values, 1e-6, impl=impl)
             if impl == "native":  # nor does the kernel itself read outside
                 with pytest.raises(ValueError, match=f"{name}: expected 0 to {rows - 1}, got {bad}"):
-                    implementation("native").embed_layer_norm(*values, 1e-6, "standard")
+                    implementation("native").embed_layer_norm(values[3][:20] * 0, *values, 1e-6, "standard")
             ids[13] = before

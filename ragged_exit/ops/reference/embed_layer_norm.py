@@ -10,6 +10,7 @@ from ragged_exit.ops.reference.layer_norm import add_layer_norm
 
 
 def embed_layer_norm(
+    out: Tensor,  # [T, H]
     input_ids: Tensor,  # [T]
     position_ids: Tensor,  # [T]
     token_type_ids: Tensor | None,  # [T]
@@ -20,11 +21,11 @@ def embed_layer_norm(
     bias: Tensor,  # [H]
     eps: float,
     kind: str,
-) -> Tensor:
+) -> None:
     """The sum is taken in fp32; without ``token_type_ids`` every token has type 0."""
     wide = torch.promote_types(word.dtype, torch.float32)
     total = F.embedding(input_ids, word).to(wide)
     if token_type is not None:
         total += token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type)
     total += F.embedding(position_ids, position)
-    return add_layer_norm(total, None, weight.to(wide), bias.to(wide), eps, kind).to(word.dtype)
+    out.copy_(add_layer_norm(total, None, weight.to(wide), bias.to(wide), eps, kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,6 +54,7 @@ def embed_layer_norm_kernel(
 
 @on_its_device
 def embed_layer_norm(
+    out: Tensor,  # [T, H]
     input_ids: Tensor,  # [T]
     position_ids: Tensor,  # [T]
     token_type_ids: Tensor | None,  # [T]
@@ -65,11 +65,10 @@ def embed_layer_norm(
     bias: Tensor,  # [H]
     eps: float,
     kind: str,
-) -> Tensor:
-    tokens, size = input_ids.shape[0], word.shape[1]
-    out = torch.empty((tokens, size), dtype=word.dtype, device=word.device)
+) -> None:
+    tokens, size = out.shape
     if tokens == 0:
-        return out
+        return
     embed_layer_norm_kernel[(tokens,)](
         input_ids.contiguous(),
         position_ids.contiguous(),
@@ -89,4 +88,3 @@ def embed_layer_norm(
         BLOCK_H=triton.next_power_of_2(size),
         **config("layer_norm", word.device, word.dtype, size),
     )
-    return out

@@ -148,8 +148,9 @@ def test_embed_reads_nothing_outside_its_tables():
     """The kernel itself, where no check stands before it: zeros for an id that is not there."""
     table, weight, bias = torch.randn(5, 20), torch.ones(20), torch.zeros(20)
     ids = torch.tensor([2, 5, -1, 10**9])
-    out = triton_kernels.embed_layer_norm(
-        ids, torch.full((4,), 3), None, table, table, None, weight, bias, 1e-5, "standard"
+    out = torch.full((4, 20), torch.nan)
+    triton_kernels.embed_layer_norm(
+        out, ids, torch.full((4,), 3), None, table, table, None, weight, bias, 1e-5, "standard"
     )
     total = table[3] + torch.stack((table[2], *torch.zeros(3, 20)))
     torch.testing.assert_close(out, F.layer_norm(total, (20,)))
@@ -160,6 +161,7 @@ def test_embed_reads_nothing_outside_its_tables():
 def test_opcheck_embed(impl, types):
     ids, table, vector = torch.tensor([1, 0, 2]), torch.randn(3, 20), torch.randn(20)
     arguments = (
+        torch.empty(3, 20),
         ids,
         ids,
         ids if types == "ids" else None,
