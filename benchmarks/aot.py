@@ -161,7 +161,9 @@ def _rows(score: str) -> tuple[torch.Tensor, ...]:
 def compact_case(dtype: torch.dtype) -> object:
     cu_seqlens, live, counter, previous = _rows("patience")
     tokens = [torch.zeros(32, 768, dtype=dtype), torch.zeros(32, dtype=torch.int64)]
-    return kernels.compact(tokens, [counter, previous], counter, cu_seqlens, cu_seqlens, live, 32, 4)
+    rows = [counter, previous]
+    new_tokens, new_rows = ([torch.empty_like(value) for value in values] for values in (tokens, rows))
+    return kernels.compact(new_tokens, new_rows, tokens, rows, counter, cu_seqlens, cu_seqlens, live)
 
 
 def attention_case(head_size: int) -> Callable[[torch.dtype], object]:

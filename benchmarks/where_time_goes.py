@@ -40,7 +40,7 @@ OPS = {
     "layer norm": ("ragged_exit::add_layer_norm", "ragged_exit::add_layer_norm_into"),
     "embeddings": ("ragged_exit::embed_layer_norm",),
     "exit step": ("ragged_exit::exit_step",),
-    "compact": ("ragged_exit::compact", "ragged_exit::compact_into"),
+    "compact": ("ragged_exit::compact",),
 }
 
 

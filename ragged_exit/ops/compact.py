@@ -66,22 +66,20 @@ def compact(
     names = [name for name in TOKEN_FIELDS if getattr(batch, name) is not None]
     tokens_of = [getattr(batch, name) for name in names]
     rows_of = [batch.sample_ids, *state.values()]
-    plan = (decision.survivors, batch.cu_seqlens, decision.cu_seqlens, decision.live, token_capacity)
-    impl = resolve_impl(impl, batch.device)
-    if out is None:
-        gathered = _compact(tokens_of, rows_of, *plan, row_capacity, impl)
-    else:
+    plan = (decision.survivors, batch.cu_seqlens, decision.cu_seqlens, decision.live)
+    if out is not None:
         _check_out(out, batch.hidden, token_capacity)
-        _compact_into(out, tokens_of[0], *plan, impl)
-        gathered = [out, *_compact(tokens_of[1:], rows_of, *plan, row_capacity, impl)]
-    rows = gathered[len(names) :]
+    new_tokens = [] if out is None else [out]  # hidden comes first
+    new_tokens += [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens_of[len(new_tokens) :]]
+    rows = [value.new_empty((row_capacity, *value.shape[1:])) for value in rows_of]
+    _compact(new_tokens, rows, tokens_of, rows_of, *plan, resolve_impl(impl, batch.device))
     return RaggedBatch(
         cu_seqlens=cu_seqlens,
         live=decision.live,
         seqlens=seqlens,
         sample_ids=rows[0],
         state=dict(zip(state, rows[1:], strict=True)),
-        **dict(zip(names, gathered[: len(names)], strict=True)),
+        **dict(zip(names, new_tokens, strict=True)),
     )
 
 
@@ -96,50 +94,16 @@ def _check_out(out: Tensor, hidden: Tensor | None, token_capacity: int) -> None:
         )
 
 
-@torch.library.custom_op("ragged_exit::compact", mutates_args=())
+@torch.library.custom_op("ragged_exit::compact", mutates_args=("new_tokens", "new_rows"))
 def _compact(
+    new_tokens: list[Tensor],  # each [new Tcap, ...]
+    new_rows: list[Tensor],  # each [new Bcap, ...]
     tokens: list[Tensor],  # each [Tcap, ...]
     rows: list[Tensor],  # each [Bcap, ...]
     survivors: Tensor,  # i32 [Bcap]
     cu_seqlens: Tensor,  # i32 [Bcap + 1]
     new_cu_seqlens: Tensor,  # i32 [Bcap + 1]
     live: Tensor,  # i32 [2] of the survivors
-    token_capacity: int,
-    row_capacity: int,
-    impl: str,
-) -> list[Tensor]:
-    return implementation(impl).compact(
-        tokens, rows, survivors, cu_seqlens, new_cu_seqlens, live, token_capacity, row_capacity
-    )
-
-
-@_compact.register_fake
-def _(
-    tokens: list[Tensor],
-    rows: list[Tensor],
-    survivors: Tensor,
-    cu_seqlens: Tensor,
-    new_cu_seqlens: Tensor,
-    live: Tensor,
-    token_capacity: int,
-    row_capacity: int,
-    impl: str,
-) -> list[Tensor]:
-    return [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens] + [
-        value.new_empty((row_capacity, *value.shape[1:])) for value in rows
-    ]
-
-
-@torch.library.custom_op("ragged_exit::compact_into", mutates_args=("out",))
-def _compact_into(
-    out: Tensor,  # [token_capacity, ...]
-    tokens: Tensor,  # [Tcap, ...]
-    survivors: Tensor,
-    cu_seqlens: Tensor,
-    new_cu_seqlens: Tensor,
-    live: Tensor,
-    token_capacity: int,
     impl: str,
 ) -> None:
-    rows = survivors.shape[0]
-    implementation(impl).compact([tokens], [], survivors, cu_seqlens, new_cu_seqlens, live, token_capacity, rows, out)
+    implementation(impl).compact(new_tokens, new_rows, tokens, rows, survivors, cu_seqlens, new_cu_seqlens, live)

@@ -265,21 +265,17 @@ def exit_decide(
 
 
 def compact(
+    new_tokens: list[Tensor],  # each [new Tcap, ...], written
+    new_rows: list[Tensor],  # each [new Bcap, ...], written
     tokens: list[Tensor],  # each [Tcap, ...]
     rows: list[Tensor],  # each [Bcap, ...]
     survivors: Tensor,  # [Bcap]
     cu_seqlens: Tensor,  # [Bcap + 1] of the input
     new_cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2] of the survivors
-    token_capacity: int,
-    row_capacity: int,
-    out: Tensor | None = None,  # for the first of tokens
-) -> list[Tensor]:
+) -> None:
     tokens = [value.contiguous() for value in tokens]
     rows = [value.contiguous() for value in rows]
-    given = [] if out is None else [out]
-    new_tokens = given + [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens[len(given) :]]
-    new_rows = [value.new_empty((row_capacity, *value.shape[1:])) for value in rows]
     survivors, cu_seqlens = survivors.contiguous(), cu_seqlens.contiguous()
     new_cu_seqlens, live = new_cu_seqlens.contiguous(), live.contiguous()
     _native.compact(
@@ -291,11 +287,10 @@ def compact(
         live.data_ptr(),
         cu_seqlens.shape[0] - 1,
         min((value.shape[0] for value in tokens), default=_INT32_MAX),
-        token_capacity,
-        row_capacity,
+        len(new_tokens[0]) if new_tokens else _INT32_MAX,
+        len(new_rows[0]) if new_rows else len(survivors),
         torch.get_num_threads(),
     )
-    return new_tokens + new_rows
 
 
 def _check_dtype(value: Tensor) -> bool:

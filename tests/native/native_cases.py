@@ -105,10 +105,8 @@ def check_all_ops(dtype: torch.dtype) -> None:
             close(actual.score, expected.score, 10 * tolerance)
             kept = actual.survivors[: actual.live[0]].long()
             assert kept.tolist() == (~actual.exits).nonzero()[:, 0].tolist()
-            (moved,) = native.compact(
-                [hidden], [], actual.survivors, cu_seqlens, actual.cu_seqlens, actual.live, len(hidden), rows
-            )
-            (wanted,) = reference.compact(
-                [hidden], [], actual.survivors, cu_seqlens, actual.cu_seqlens, actual.live, len(hidden), rows
-            )
+            gather = ([hidden], [], actual.survivors, cu_seqlens, actual.cu_seqlens, actual.live)
+            moved, wanted = torch.ones_like(hidden), torch.zeros_like(hidden)
+            native.compact([moved], [], *gather)
+            reference.compact([wanted], [], *gather)
             assert torch.equal(moved, wanted)

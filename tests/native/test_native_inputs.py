@@ -99,7 +99,8 @@ def test_plans_that_point_outside_are_refused() -> None:
     survivors = torch.tensor([7, -1], dtype=torch.int32)
     new_cu_seqlens = torch.tensor([0, 2, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="survivors: entry 0 does not fit the plan"):
-        native.compact([x], [], survivors, cu_seqlens, new_cu_seqlens, torch.tensor([1, 2], dtype=torch.int32), 2, 1)
+        new_live = torch.tensor([1, 2], dtype=torch.int32)
+        native.compact([x[:2].clone()], [], [x], [], survivors, cu_seqlens, new_cu_seqlens, new_live)
 
 
 def test_a_head_that_does_not_fit_is_refused() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops import add_layer_norm, compact, dispatch, exit_decide, exit_step, resolve_impl, varlen_attention
 from ragged_exit.ops.attention import _varlen_attention
-from ragged_exit.ops.compact import _compact, _compact_into
+from ragged_exit.ops.compact import _compact
 from ragged_exit.ops.exit_decide import _exit_decide
 from ragged_exit.ops.exit_step import _exit_step
 from ragged_exit.ops.layer_norm import _add_layer_norm, _add_layer_norm_into
@@ -94,9 +94,8 @@ def test_opcheck_compact(impl, dtype, device):
         [batch.hidden, batch.input_ids],
         [batch.sample_ids, torch.ones(3, 2, dtype=torch.bool, device=device)],
     )
-    plan = (survivors, batch.cu_seqlens, bounds, live, 5)
-    opcheck(_compact, (tokens, rows, *plan, 2, impl))
-    opcheck(_compact_into, (torch.empty_like(batch.hidden[:5]), batch.hidden, *plan, impl))
+    new_tokens, new_rows = [value[:5].clone() for value in tokens], [value[:2].clone() for value in rows]
+    opcheck(_compact, (new_tokens, new_rows, tokens, rows, survivors, batch.cu_seqlens, bounds, live, impl))
 
 
 def test_opcheck_varlen_attention(impl, dtype, device):
@@ -140,8 +139,9 @@ class Layer(nn.Module):
         )  # fmt: skip
         logits, _, _, survivors, bounds, left = first[:6]
         second = _exit_decide(logits * 2, None, cu_seqlens, live, None, None, self.threshold, *spec, True, self.impl)
-        gathered = _compact([hidden], [logits], survivors, cu_seqlens, bounds, left, hidden.shape[0], 3, self.impl)
-        return (*first[:6], second[1], *gathered)
+        new_hidden, new_logits = torch.empty_like(hidden), torch.empty_like(logits)
+        _compact([new_hidden], [new_logits], [hidden], [logits], survivors, cu_seqlens, bounds, left, self.impl)
+        return (*first[:6], second[1], new_hidden, new_logits)
 
 
 def layer_inputs(device: str) -> tuple[Tensor, ...]:

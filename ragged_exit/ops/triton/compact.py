@@ -79,28 +79,27 @@ def gather_kernel(
 
 @on_its_device
 def compact(
+    new_tokens: list[Tensor],  # each [new Tcap, ...], written
+    new_rows: list[Tensor],  # each [new Bcap, ...], written
     tokens: list[Tensor],  # each [Tcap, ...]
     rows: list[Tensor],  # each [Bcap, ...]
     survivors: Tensor,  # [Bcap]
     cu_seqlens: Tensor,  # [Bcap + 1] of the input
     new_cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2] of the survivors
-    token_capacity: int,
-    row_capacity: int,
-    out: Tensor | None = None,  # for the first of tokens
-) -> list[Tensor]:
+) -> None:
     plan = tuple(value.contiguous() for value in (survivors, cu_seqlens, new_cu_seqlens, live))
-    given = [] if out is None else [out]
-    return _gather(tokens, given, plan, token_capacity, True) + _gather(rows, [], plan, row_capacity, False)
+    _gather(new_tokens, tokens, plan, True)
+    _gather(new_rows, rows, plan, False)
 
 
-def _gather(
-    sources: list[Tensor], given: list[Tensor], plan: tuple[Tensor, ...], capacity: int, by_token: bool
-) -> list[Tensor]:
-    """``given``: the targets of the first sources."""
-    sources = [source.contiguous() for source in sources]
-    targets = given + [source.new_empty((capacity, *source.shape[1:])) for source in sources[len(given) :]]
-    pairs = [_as_words(source, target) for source, target in zip(sources, targets, strict=True) if target.numel()]
+def _gather(targets: list[Tensor], sources: list[Tensor], plan: tuple[Tensor, ...], by_token: bool) -> None:
+    pairs = [
+        _as_words(source.contiguous(), target)
+        for source, target in zip(sources, targets, strict=True)
+        if target.numel()
+    ]
+    capacity = len(targets[0]) if targets else 0
     for first in range(0, len(pairs), _SLOTS):
         some = pairs[first : first + _SLOTS]
         filled = some + [(None, None)] * (_SLOTS - len(some))
@@ -117,7 +116,6 @@ def _gather(
             num_warps=4,
             enable_fp_fusion=FP_FUSION,
         )
-    return targets
 
 
 def _as_words(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,10 @@ def plan_for(lengths: list[int], stay: list[int], capacity: int) -> tuple[torch.
     return survivors, bounds(lengths), new, torch.tensor([len(stay), int(new[-1])], dtype=torch.int32)
 
 
+def poisoned(items: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((items, *like.shape[1:]), 1, dtype=like.dtype)
+
+
 @pytest.mark.parametrize("stay", [[0, 1, 2, 3, 4], [1, 4], [3], []], ids=str)
 @pytest.mark.parametrize("spare", [0, 37])
 def test_compact_any_dtype(stay, spare):
@@ -62,7 +66,8 @@ def test_compact_any_dtype(stay, spare):
     rows = [torch.randint(0, 2, (7, *shape), generator=generator).to(dtype) for shape, dtype in ITEMS]
     starts = plan[1].tolist()
     source = [token for row in stay for token in range(starts[row], starts[row + 1])]
-    gathered = triton_kernels.compact(tokens, rows, *plan, len(source) + spare, 7)
+    gathered = [poisoned(len(source) + spare, value) for value in tokens] + [poisoned(7, value) for value in rows]
+    triton_kernels.compact(gathered[: len(tokens)], gathered[len(tokens) :], tokens, rows, *plan)
     for value, old, kept in zip(gathered, tokens + rows, [source] * len(tokens) + [stay] * len(rows), strict=True):
         assert value.dtype == old.dtype and value.shape[1:] == old.shape[1:]
         assert_same_values(value[: len(kept)], old[kept])
@@ -76,7 +81,9 @@ def test_compact_unaligned_and_strided():
     shifted = buffer[1 : 1 + 6 * 8].view(6, 8)
     strided = torch.arange(60.0).view(6, 10)[:, 2:5]
     for value in (shifted, strided):
-        assert_same_values(triton_kernels.compact([value], [], *plan, 3, 3)[0], value[[0, 1, 5]])
+        gathered = poisoned(3, value)
+        triton_kernels.compact([gathered], [], [value], [], *plan)
+        assert_same_values(gathered, value[[0, 1, 5]])
 
 
 def test_compact_follows_a_decision():
