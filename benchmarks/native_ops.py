@@ -236,7 +236,7 @@ def exit_steps(repeats: int) -> Iterator[Row]:
         weight, classifier = torch.randn(hidden, hidden) * hidden**-0.5, torch.randn(classes, hidden) * hidden**-0.5
         bias, classifier_bias = torch.randn(hidden), torch.randn(classes)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        head = MlpHead(classifier, classifier_bias, weight, bias, packed_pooler=native.pack_linear(weight))
+        head = MlpHead(classifier, classifier_bias, weight, bias, packed_pooler=native.pack_pooler(weight))
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
 
         def ours(x=x, cu_seqlens=cu_seqlens, live=live, head=head) -> Tensor:

@@ -92,7 +92,7 @@ void bind_embed_layer_norm(const std::array<Address, 3>& ids, const std::array<A
 void bind_tile_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens,
                       int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, bool bf16, int threads) {
     tile_linear({at<void>(x), at<Bf16>(weights), inputs / 32, at<float>(bias), at<void>(residual), at<void>(out), tokens,
-                 inputs, outputs, x_stride, gelu, bf16, threads});
+                 inputs, outputs, x_stride, outputs, gelu, bf16, threads});
 }
 
 // weights: of qkv, attention_output, attention_norm, feed_forward_up, feed_forward_down, output_norm, with a bias each.
@@ -133,7 +133,7 @@ ExitArgs exit_args(const ExitInputs& in, const ExitOutputs& out, int64_t rows, i
 
 void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool mean,
                     // pooler, its bias, classifier, bias, uncertainty, bias, projection, bias, prototypes
-                    const std::array<Address, 9>& head, int64_t pooled, int64_t projected, bool pooler_packed,
+                    const std::array<Address, 9>& head, int64_t pooled, int64_t projected, int pooler_layout,
                     const ExitInputs& in, const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score,
                     int compare, float tolerance, float temperature, float lam, bool dr_by_distance, bool final,
                     bool per_row_threshold, bool bf16, int threads) {
@@ -150,7 +150,7 @@ void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool m
     h.classifier = at<void>(head[2]), h.classifier_bias = at<void>(head[3]);
     h.uncertainty = at<void>(head[4]), h.uncertainty_bias = at<void>(head[5]);
     h.projection = at<void>(head[6]), h.projection_bias = at<void>(head[7]), h.prototypes = at<void>(head[8]);
-    h.pooled = pooled, h.projected = projected, h.pooler_packed = pooler_packed;
+    h.pooled = pooled, h.projected = projected, h.pooler_layout = static_cast<PoolerLayout>(pooler_layout);
     kernels().exit_step(h, a);
 }
 

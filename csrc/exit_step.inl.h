@@ -22,9 +22,11 @@ struct Arena {
     }
 };
 
+RX_INLINE bool on_tiles(const HeadArgs& h) { return h.pooler && h.pooler_layout == PoolerLayout::tiles; }
+
 struct ExitScratch {
     const float** rows;         // [n] the pooled hidden rows; a pointer takes the room of two floats
-    float* pooled_hidden;       // [n][width], where hidden is no float or is averaged
+    float* pooled_hidden;       // [n][width], where rows cannot be read in place
     float* hidden_tiles;        // what the pooler and the projection multiply
     float* pooled;              // [n][pooled]
     float* pooled_tiles;        // what a wide classifier multiplies
@@ -40,8 +42,8 @@ struct ExitScratch {
         const bool measures = a.score == Score::distance_entropy, wide = a.classes > kNarrow;
         Arena arena{memory};
         rows = reinterpret_cast<const float**>(arena.take(n * 2));
-        pooled_hidden = arena.take(a.bf16 || h.mean ? n * h.width : 0);
-        hidden_tiles = arena.take(h.pooler || measures ? Tiles::floats(n, h.width) : 0);
+        pooled_hidden = arena.take(a.bf16 || h.mean || on_tiles(h) ? n * h.width : 0);
+        hidden_tiles = arena.take((h.pooler && !on_tiles(h)) || measures ? Tiles::floats(n, h.width) : 0);
         pooled = arena.take(h.pooler ? n * h.pooled : 0);
         pooled_tiles = arena.take(wide ? Tiles::floats(n, h.pooled) : 0);
         projected = arena.take(measures ? n * h.projected : 0);
@@ -58,7 +60,7 @@ struct ExitScratch {
 template <typename T>
 RX_INLINE const float* pool_row(const HeadArgs& h, const T* hidden, int64_t tokens, float* target) {
     if constexpr (std::is_same_v<T, float>) {
-        if (!h.mean) return hidden;
+        if (!h.mean && !on_tiles(h)) return hidden;
     }
     const int64_t used = h.mean ? tokens : 1;
     const Vec count = set1(static_cast<float>(used));
@@ -69,6 +71,23 @@ RX_INLINE const float* pool_row(const HeadArgs& h, const T* hidden, int64_t toke
         store_n(target + i, total / count, n);
     }
     return target;
+}
+
+// pooled [n][pooled] = tanh(hidden weight^T + bias), hidden [n][width]; each thread its own outputs.
+template <typename T>
+void pool_on_tiles(const Team& team, const HeadArgs& h, const float* hidden, int64_t n, float* pooled) {
+    const int64_t first = team.begin(h.pooled / 32), count = team.end(h.pooled / 32) - first, steps = h.width / 32;
+    if (count == 0) return;
+    const Bf16* weights = static_cast<const Bf16*>(h.pooler) + first * steps * (3 * 32 * 32);  // in three parts
+    const T* bias = static_cast<const T*>(h.pooler_bias);
+    float* out = pooled + first * 32;
+    tile_linear({hidden, weights, steps, nullptr, nullptr, out, n, h.width, count * 32, h.width, h.pooled, false, false, 1});
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < count * 32; j += kWidth) {
+            float* place = out + i * h.pooled + j;
+            store(place, tanh(bias ? load(place) + load(bias + first * 32 + j) : load(place)));
+        }
+    }
 }
 
 // dots [classes] with the prototypes -> 1 - cosine, at least 0; 1 where a norm is 0.
@@ -86,7 +105,7 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
     const T* hidden = static_cast<const T*>(h.hidden);
     const bool measures = a.score == Score::distance_entropy, wide = a.classes > kNarrow;
     const Linear<T> pooler{static_cast<const T*>(h.pooler), static_cast<const T*>(h.pooler_bias), h.pooled, h.width,
-                           h.pooler_packed};
+                           h.pooler_layout == PoolerLayout::panels};
     const Linear<T> projection{static_cast<const T*>(h.projection), static_cast<const T*>(h.projection_bias),
                                h.projected, h.width, false};
     const Linear<T> classifier{static_cast<const T*>(h.classifier), static_cast<const T*>(h.classifier_bias), a.classes,
@@ -104,7 +123,7 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
             const int64_t token = a.cu_seqlens[first + i], tokens = a.cu_seqlens[first + i + 1] - token;
             s.rows[i] = pool_row(h, hidden + token * h.hidden_stride, tokens, s.pooled_hidden + i * h.width);
         }
-        if (h.pooler || measures) {
+        if ((h.pooler && !on_tiles(h)) || measures) {
             transpose_rows([&](int64_t i) { return s.rows[begin + i]; }, end - begin, h.width, hidden_tiles.tile(tile),
                            kTileStride);
         }
@@ -116,7 +135,11 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
         }
     }
 #pragma omp barrier
-    if (h.pooler) gemm(team, hidden_tiles, pooler, true, s.pooled, h.pooled, panel);
+    if (on_tiles(h)) {
+        pool_on_tiles<T>(team, h, s.pooled_hidden, n, s.pooled);
+    } else if (h.pooler) {
+        gemm(team, hidden_tiles, pooler, true, s.pooled, h.pooled, panel);
+    }
     if (measures) gemm(team, hidden_tiles, projection, false, s.projected, h.projected, panel);
 #pragma omp barrier
     const auto pooled_row = [&](int64_t i) { return h.pooler ? s.pooled + i * h.pooled : s.rows[i]; };
@@ -164,7 +187,8 @@ void exit_step_of(const HeadArgs& h, const ExitArgs& a) {
                                         (measures ? h.width * h.projected + h.projected * a.classes : 0));
     const int threads = static_cast<int>(larger(1, smaller(a.threads, macs / kMacsPerThread)));
     const int64_t rows = smaller(block, a.live_rows);
-    const ExitScratch scratch(workspace(ExitScratch(nullptr, h, a, rows, threads).floats), h, a, rows, threads);
+    const int64_t floats = ExitScratch(nullptr, h, a, rows, threads).floats;
+    const ExitScratch scratch(workspace(floats, Use::caller), h, a, rows, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};

@@ -91,12 +91,15 @@ struct ExitArgs {
     int threads;
 };
 
-// Weights are T; a null pointer is an absent tensor.
+// How a pooler's weights lie: as they are, in panels (gemm.inl.h), or for float products on matrix tiles (LinearArgs).
+enum class PoolerLayout { rows, panels, tiles };
+
+// Weights are T, but for a pooler on tiles; a null pointer is an absent tensor.
 struct HeadArgs {
     const void* hidden;  // T [tokens, width], rows `hidden_stride` apart
     int64_t hidden_stride, width;
     bool mean;                      // pool the mean of a row's tokens, else its first token
-    const void* pooler;             // [pooled, width], or panels [ceil(pooled / 32), width, 32] where pooler_packed
+    const void* pooler;             // [pooled, width]; panels [ceil(pooled / 32), width, 32]; or tiles
     const void* pooler_bias;        // [pooled]
     const void* classifier;         // [classes, pooled]
     const void* classifier_bias;    // [classes]
@@ -106,7 +109,7 @@ struct HeadArgs {
     const void* projection_bias;    // [projected]
     const void* prototypes;         // [classes, projected]
     int64_t pooled, projected;
-    bool pooler_packed;
+    PoolerLayout pooler_layout;
 };
 
 struct DecideArgs {
@@ -159,9 +162,9 @@ struct LinearArgs {
                             // one part for Bf16, and for float three, whose sum is the weight
     int64_t panel_steps;    // from one panel to the next, in 32 inputs: more than there are here for some of the inputs
     const float* bias;      // [outputs], or null: 0
-    const void* residual;   // T [tokens, outputs], contiguous, or null; may be `out`
-    void* out;              // T [tokens, outputs], contiguous
-    int64_t tokens, inputs, outputs, x_stride;
+    const void* residual;   // T [tokens, outputs], rows `out_stride` apart, or null; may be `out`
+    void* out;              // T [tokens, outputs], rows `out_stride` apart
+    int64_t tokens, inputs, outputs, x_stride, out_stride;
     bool gelu;  // not together with a residual
     bool bf16;
     int threads;
@@ -206,8 +209,9 @@ struct LayerSeconds {
 LayerSeconds take_layer_seconds();
 
 // A buffer of at least `floats`, 64-byte aligned, that belongs to the calling thread until its next call for the same use:
-// kernels run thousands of times on similar sizes, and fresh pages would cost more than the small ones compute.
-enum class Use { kernel, layer };
+// kernels run thousands of times on similar sizes, and fresh pages would cost more than the small ones compute. Who calls
+// other kernels keeps what is its own in a buffer that they leave alone.
+enum class Use { kernel, caller };
 float* workspace(int64_t floats, Use use = Use::kernel);
 
 }  // namespace ragged_exit

@@ -44,7 +44,7 @@ struct Layer {
         if (tokens == 0) return;
         const int64_t wide_bytes = tokens * std::max(3 * a.width, chunk) * size, offset_bytes = (last - first + 16) / 16 * 64;
         const int64_t bytes = offset_bytes + wide_bytes + 2 * tokens * row_bytes;
-        char* memory = reinterpret_cast<char*>(workspace((bytes + 3) / 4, Use::layer));
+        char* memory = reinterpret_cast<char*>(workspace((bytes + 3) / 4, Use::caller));
         int32_t* offsets = reinterpret_cast<int32_t*>(memory);
         char* wide = memory + offset_bytes;    // queries, keys and values, then a chunk of inner activations
         char* context = wide + wide_bytes;     // then the feed-forward's outcome
@@ -63,8 +63,8 @@ struct Layer {
     void linear(const LayerArgs::Linear& of, const void* x, int64_t tokens, int64_t inputs, int64_t outputs,
                 const void* residual, void* out) const {
         const Stopwatch watch{spent.linears, share};
-        tile_linear({x, of.weights, inputs / 32, of.bias, residual, out, tokens, inputs, outputs, inputs, false, a.bf16,
-                     threads});
+        tile_linear({x, of.weights, inputs / 32, of.bias, residual, out, tokens, inputs, outputs, inputs, outputs, false,
+                     a.bf16, threads});
     }
 
     void attend(const char* qkv, const int32_t* offsets, int64_t rows, int64_t tokens, void* out) const {
@@ -89,9 +89,9 @@ struct Layer {
         for (int64_t at = 0; at < a.inner; at += chunk) {
             const int64_t n = std::min(chunk, a.inner - at);
             tile_linear({x, up.weights + at / 32 * (a.width / 32) * per_step, a.width / 32, up.bias + at, nullptr, inner,
-                         tokens, a.width, n, a.width, true, a.bf16, threads});
+                         tokens, a.width, n, a.width, n, true, a.bf16, threads});
             tile_linear({inner, down.weights + at / 32 * per_step, a.inner / 32, at == 0 ? down.bias : nullptr,
-                         at == 0 ? x : out, out, tokens, n, a.width, n, false, a.bf16, threads});
+                         at == 0 ? x : out, out, tokens, n, a.width, n, a.width, false, a.bf16, threads});
         }
     }
 };

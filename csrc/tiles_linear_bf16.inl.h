@@ -38,9 +38,9 @@ void run_bf16(const LinearArgs& a, const Plan& plan, const Bf16* last_block, int
         for (int64_t panel = first; panel < last; ++panel) {
             const Bf16* weights = a.weights + panel * a.panel_steps * kStep;
             bf16_block<Gelu>(x, x_stride, weights, plan.steps, sums, before, ahead, lines_ahead);
-            const int64_t at = token * a.outputs + panel * kBlock;
+            const int64_t at = token * a.out_stride + panel * kBlock;
             before = {sums, a.bias ? a.bias + panel * kBlock : kNoBias, residual ? residual + at : nullptr,
-                      static_cast<Bf16*>(a.out) + at, a.outputs, whole ? kBlock : a.tokens - token, 0};
+                      static_cast<Bf16*>(a.out) + at, a.out_stride, whole ? kBlock : a.tokens - token, 0};
         }
     }
     RX_STORE_AND_ZERO(0) RX_STORE_AND_ZERO(1) RX_STORE_AND_ZERO(2) RX_STORE_AND_ZERO(3)

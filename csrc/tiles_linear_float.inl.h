@@ -138,10 +138,10 @@ void run_float(const LinearArgs& a, const Plan& plan, Bf16* parts, int64_t begin
         for (int64_t panel = first; panel < last; ++panel) {
             float_block(x.parts, a.weights + (panel * a.panel_steps + step) * kFloatStep, x.steps, sums, before, gelu, ahead,
                         (kBlock * ahead.steps + slots - 1) / slots);
-            const int64_t at = token * a.outputs + panel * kBlock;
+            const int64_t at = token * a.out_stride + panel * kBlock;
             float* out = static_cast<float*>(a.out) + at;
             const float* residual = a.residual ? static_cast<const float*>(a.residual) + at : nullptr;
-            before = {sums, a.bias ? a.bias + panel * kBlock : kNoBias, residual, out, a.outputs, rows, 0};
+            before = {sums, a.bias ? a.bias + panel * kBlock : kNoBias, residual, out, a.out_stride, rows, 0};
             if (here.chunk > 0) before.bias = kNoBias, before.residual = out;
             gelu = a.gelu && here.chunk + 1 == plan.chunks;
         }

@@ -16,6 +16,7 @@ from ragged_exit.executor import RaggedExecutor, Stage
 from ragged_exit.heads import MlpHead
 from ragged_exit.models.base import EarlyExitModel
 from ragged_exit.ops.dispatch import resolve_impl
+from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.outputs import ExitOutput
 from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
@@ -113,11 +114,7 @@ class AcceleratedModel(nn.Module):
 
     def _snapshot_head(self, head: Any) -> Any:
         head = head.to(self.dtype, self.device)
-        if self.impl == "native" and isinstance(head, MlpHead) and head.pooler_weight is not None:
-            from ragged_exit.ops.native import pack_linear
-
-            head = replace(head, packed_pooler=pack_linear(head.pooler_weight))
-        return head
+        return packed_for(self.impl, head) if isinstance(head, MlpHead) else head
 
     @torch.inference_mode()
     def forward(

@@ -56,7 +56,7 @@ class MlpHead:
     prototype_bias: Tensor | None = None  # [D]
     prototypes: Tensor | None = None  # [C, D]
     pooling: str = "cls"
-    packed_pooler: Tensor | None = None  # pooler_weight in the native kernel's panel layout (ops.native.pack_linear)
+    packed_pooler: Tensor | None = None  # pooler_weight as the native kernel reads it best (ops.native.pack_pooler)
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -84,6 +84,8 @@ class MlpHead:
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(value.shape)}")
         like = self.classifier_weight
         for item in fields(self):  # the kernels read raw memory
+            if item.name == "packed_pooler":
+                continue  # its dtype is the layout's, which the native kernel checks
             value = getattr(self, item.name)
             if isinstance(value, Tensor) and (value.dtype, value.device) != (like.dtype, like.device):
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -86,6 +87,16 @@ def exit_step(
         resolve_impl(impl, hidden.device),
     )
     return decision(outputs, counter is not None)
+
+
+def packed_for(impl: str | None, head: MlpHead) -> MlpHead:
+    """``head`` as ``impl`` reads it fastest: "native" has layouts of its own for a pooler in float32 or bfloat16."""
+    weight = head.pooler_weight
+    if weight is None or resolve_impl(impl, weight.device) != "native":
+        return head
+    from ragged_exit.ops.native import pack_pooler
+
+    return dataclasses.replace(head, packed_pooler=pack_pooler(weight))
 
 
 @torch.library.custom_op("ragged_exit::exit_step", mutates_args=())

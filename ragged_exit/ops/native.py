@@ -15,6 +15,7 @@ from torch import Tensor
 from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.tile_linear import PARTS, fits_tiles, pack_tiles
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
 _PANEL = 32  # outputs in a panel of packed weights: kPanel in csrc/gemm.inl.h
@@ -23,8 +24,18 @@ _INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """``weight [P, H]`` in the layout of ``MlpHead.packed_pooler``: panels ``[ceil(P / 32), H, 32]``, zero past P."""
+def pack_pooler(weight: Tensor) -> Tensor:
+    """``weight [P, H]`` as ``exit_step`` multiplies it fastest here: for matrix tiles, in float32, else in panels.
+
+    Rows are pooled and multiplied in float32 whatever their dtype.
+    """
+    if _native.tiles_available and fits_tiles(weight):
+        return pack_tiles(weight.float(), None).panels
+    return pack_panels(weight)
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """``weight [P, H]`` in panels ``[ceil(P / 32), H, 32]``, zero past P."""
     _check_dtype(weight)
     padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % _PANEL))
     return padded.view(-1, _PANEL, weight.shape[1]).transpose(1, 2).contiguous()
@@ -187,11 +198,12 @@ def exit_step(
 ) -> ExitTensors:
     is_bf16 = _check_dtype(hidden)
     hidden = _rows(hidden)
-    packed = head.packed_pooler is not None
+    classes, pooled = head.classifier_weight.shape
+    layout = _check_pooler(head, pooled, hidden)
     weights = [
         None if weight is None else weight.contiguous()
         for weight in (
-            head.packed_pooler if packed else head.pooler_weight,
+            head.pooler_weight if head.packed_pooler is None else head.packed_pooler,
             head.pooler_bias,
             head.classifier_weight,
             head.classifier_bias,
@@ -202,12 +214,9 @@ def exit_step(
             head.prototypes,
         )
     ]
-    for weight in weights:
+    for weight in weights[1:]:
         if weight is not None and weight.dtype != hidden.dtype:
             raise TypeError(f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
-    classes, pooled = head.classifier_weight.shape
-    if head.packed_pooler is not None and head.packed_pooler.shape != (-(-pooled // _PANEL), hidden.shape[1], _PANEL):
-        raise ValueError(f"packed_pooler: expected pack_linear's layout, got {list(head.packed_pooler.shape)}")
     inputs, outputs = _exit_tensors(cu_seqlens, live, counter, previous, threshold, classes)
     _native.exit_step(
         hidden.data_ptr(),
@@ -217,7 +226,7 @@ def exit_step(
         _addresses(weights),
         pooled,
         0 if head.prototype_weight is None else head.prototype_weight.shape[0],
-        packed,
+        layout,
         _addresses(inputs),
         _addresses(outputs),
         cu_seqlens.shape[0] - 1,
@@ -291,6 +300,26 @@ def compact(
         len(new_rows[0]) if new_rows else len(survivors),
         torch.get_num_threads(),
     )
+
+
+def _check_pooler(head: MlpHead, pooled: int, hidden: Tensor) -> int:
+    """Its layout: enum PoolerLayout in csrc/kernels.h."""
+    packed, width = head.packed_pooler, hidden.shape[1]
+    if packed is None:
+        if head.pooler_weight is not None and head.pooler_weight.dtype != hidden.dtype:
+            raise TypeError(
+                f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {head.pooler_weight.dtype}"
+            )
+        return 0
+    panels, tiles = (
+        (-(-pooled // _PANEL), width, _PANEL),
+        (pooled // 32, width // 32, PARTS[torch.float32], 2, 16, 16, 2),
+    )
+    if packed.shape == panels and packed.dtype == hidden.dtype:
+        return 1
+    if packed.shape == tiles and packed.dtype == torch.bfloat16 and _native.tiles_available:
+        return 2
+    raise ValueError(f"packed_pooler: expected what pack_pooler makes, got {packed.dtype} {list(packed.shape)}")
 
 
 def _check_dtype(value: Tensor) -> bool:

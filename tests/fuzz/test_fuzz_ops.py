@@ -23,6 +23,7 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import compact, exit_decide, exit_step
 from ragged_exit.ops.dispatch import native_available
+from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.rules import Entropy, ExitRule, LearnedUncertainty, MaxProb, Patience
 from ragged_exit.testing import (
     Margin,
@@ -80,7 +81,7 @@ def one_batch(impl: str, rows: int, index: int, generator: torch.Generator, tall
     least = 1 if isinstance(rule, Patience) else 2
     classes = choose(generator, (2, 2, 3, 5, 20, 150)) if rule.needs != "prototypes" else choose(generator, (2, 3, 20))
     classes = classes if choose(generator, (True, True, True, False)) else least
-    hidden_size = int(torch.randint(4, 49, (), generator=generator))
+    hidden_size = choose(generator, (32, int(torch.randint(4, 49, (), generator=generator))))
     # thresholds in fp32 sit among thousands of scores; in bf16 the margin is wide, and few rows leave a gap
     dtype = torch.float32 if choose(generator, (True, True, False)) else torch.bfloat16
     rows = rows if dtype == torch.float32 else 24
@@ -114,6 +115,7 @@ def one_batch(impl: str, rows: int, index: int, generator: torch.Generator, tall
         elif not counts:
             rule = set_threshold(rule, batch, first.score, margin, generator)
         oracle = step_oracle(batch, head, rule, final)
+        head = choose(generator, (head, packed_for(impl, head)))
         decision = exit_step(batch, head, rule, final, impl=impl)
     tally.add(assert_same_decisions(decision, oracle, margin, final=final))
     assert_plan(batch, decision)
@@ -130,7 +132,7 @@ def fuzz_head(
         classes,
         generator,
         pooling=choose(generator, ("cls", "cls", "mean")),
-        pooled_size=choose(generator, (None, 8, 33)),
+        pooled_size=choose(generator, (None, 8, 32, 33)),
         bias=choose(generator, (True, True, False)),
         uncertainty=rule.needs == "uncertainty",
         prototype_size=choose(generator, (4, 17)) if rule.needs == "prototypes" else None,

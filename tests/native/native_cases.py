@@ -47,7 +47,7 @@ def plan(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def head(width: int, pooled: int, classes: int, dtype: torch.dtype, projected: int = 8) -> MlpHead:
-    """A head with everything that a rule can ask for; call ``packed`` for the native layout."""
+    """A head with everything that a rule can ask for."""
     generator = torch.Generator().manual_seed(width + classes)
 
     def new(*shape: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         lambda: native.exit_decide(
             x[:1], None, cu_seqlens, live, None, None, torch.tensor([0.5]), Entropy(0.5).spec, False
         ),
-        lambda: native.pack_linear(x),
+        lambda: native.pack_panels(x),
     )
     for call in calls:
         with pytest.raises(TypeError, match=f"native: expected float32 or bfloat16, got {dtype}"):
@@ -109,6 +109,6 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     with pytest.raises(TypeError, match="head: expected weights in the dtype of hidden"):
         native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head, *arguments)
-    wrong = replace(head, packed_pooler=native.pack_linear(torch.zeros(16, 40)))
-    with pytest.raises(ValueError, match="packed_pooler: expected pack_linear's layout"):
-        native.exit_step(torch.zeros(3, 16), cu_seqlens, live, wrong, *arguments)
+    for packed in (native.pack_panels(torch.zeros(16, 40)), native.pack_panels(torch.zeros(40, 16).bfloat16())):
+        with pytest.raises(ValueError, match="packed_pooler: expected what pack_pooler makes"):
+            native.exit_step(torch.zeros(3, 16), cu_seqlens, live, replace(head, packed_pooler=packed), *arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -34,13 +34,13 @@ def bits(value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [2, 40])
-@pytest.mark.parametrize("packed", [True, False])
-def test_exit_step(dtype: torch.dtype, classes: int, packed: bool, threads: int) -> None:
+@pytest.mark.parametrize("pack", [None, native.pack_panels, native.pack_pooler])
+def test_exit_step(dtype: torch.dtype, classes: int, pack: Callable[[Tensor], Tensor] | None, threads: int) -> None:
     torch.manual_seed(0)
     width = 96
     head = native_cases.head(width, width, classes, dtype)
-    if packed:
-        head = replace(head, packed_pooler=native.pack_linear(head.pooler_weight))
+    if pack is not None:
+        head = replace(head, packed_pooler=pack(head.pooler_weight))
     cu_seqlens, _ = native_cases.plan([1] * ROWS)
     hidden = torch.randn(ROWS, width).to(dtype)
     rules: list[ExitRule] = [Entropy(0.5), LearnedUncertainty(0.5), DistanceEntropy(0.5)]
@@ -68,13 +68,13 @@ def test_exit_step(dtype: torch.dtype, classes: int, packed: bool, threads: int)
             assert torch.equal(some_score, score[start : start + count])
 
 
-def test_packed_and_unpacked_pooler_agree_to_the_bit() -> None:
+def test_a_pooler_in_panels_agrees_to_the_bit() -> None:
     head = native_cases.head(50, 70, 3, torch.float32)
     cu_seqlens, live = native_cases.plan([1] * 100)
     hidden = torch.randn(100, 50)
     arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     plain = native.exit_step(hidden, cu_seqlens, live, head, *arguments)
-    packed_head = replace(head, packed_pooler=native.pack_linear(head.pooler_weight))
+    packed_head = replace(head, packed_pooler=native.pack_panels(head.pooler_weight))
     packed = native.exit_step(hidden, cu_seqlens, live, packed_head, *arguments)
     assert torch.equal(bits(plain.logits), bits(packed.logits))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import ExitDecision, exit_decide, exit_step
+from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.rules import (
     COMPARISONS,
     ENTROPY_DIALECTS,
@@ -111,9 +112,15 @@ def with_threshold(
     return dataclasses.replace(rule, threshold=threshold)
 
 
+def widths(most: int) -> st.SearchStrategy[int]:
+    """Any up to ``most``, and those that fit matrix tiles."""
+    return st.one_of(st.integers(1, most), st.integers(1, most // 32).map(lambda blocks: 32 * blocks))
+
+
 class StepCase(NamedTuple):
     batch: RaggedBatch
     head: MlpHead
+    packed: bool  # the pooler, where the implementation has a layout of its own
     rule: ExitRule
     final: bool
     exit_index: int
@@ -125,14 +132,14 @@ class StepCase(NamedTuple):
 def step_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> StepCase:
     generator = seeded(draw(seeds))
     classes = draw(st.one_of(st.just(1), st.sampled_from(CLASSES)))
-    hidden_size = draw(st.integers(1, 33 if classes > 200 else MOST_HIDDEN))
+    hidden_size = draw(widths(33 if classes > 200 else MOST_HIDDEN))
     rule = draw(rules(classes))
     head = random_head(
         hidden_size,
         classes,
         generator,
         pooling=draw(st.sampled_from(("cls", "mean"))),
-        pooled_size=draw(st.one_of(st.none(), st.integers(1, 33 if classes > 200 else MOST_HIDDEN))),
+        pooled_size=draw(st.one_of(st.none(), widths(33 if classes > 200 else MOST_HIDDEN))),
         bias=draw(st.booleans()),
         uncertainty=rule.needs == "uncertainty",
         prototype_size=draw(st.integers(2, 40)) if rule.needs == "prototypes" else None,
@@ -155,6 +162,7 @@ def step_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> StepCase:
     return StepCase(
         batch,
         head,
+        draw(st.booleans()),
         rule,
         draw(st.sampled_from((False, False, False, True))),
         draw(st.integers(0, 3)),
@@ -165,13 +173,14 @@ def step_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> StepCase:
 
 def check_step(case: StepCase, impl: str) -> tuple[MarginReport, ExitDecision, OracleDecision]:
     """One exit step of ``impl`` decides as the oracle outside the margin, and its plan follows from its exits."""
-    batch, head, rule, final, exit_index, how, more = case
+    batch, head, packed, rule, final, exit_index, how, more = case
     first = step_oracle(batch, head, rule, exit_index=exit_index)
     plain = [(exit_step(some, head, rule, impl="reference"), step_oracle(some, head, rule)) for some in (batch, more)]
     margin = decision_margin(plain, rule)
     rule = with_threshold(rule, batch, first, how, exit_index, margin.score)
     oracle = step_oracle(batch, head, rule, final, exit_index=exit_index)
-    decision = exit_step(batch, head, rule, final, exit_index=exit_index, impl=impl)
+    ours = packed_for(impl, head) if packed else head
+    decision = exit_step(batch, ours, rule, final, exit_index=exit_index, impl=impl)
     report = assert_same_decisions(decision, oracle, margin, final=final)
     assert_plan(batch, decision)
     return report, decision, oracle
