@@ -23,9 +23,9 @@ constexpr int64_t kFloatStep = kParts * kStep;
 #define RX_RIGHT_PART(part, right)                            \
     _tile_loadd(6, (right) + (part) * kStep, 64);             \
     _tile_dpbf16ps(0, 4, 6);                                  \
-    _tile_dpbf16ps(2, 5, 6);                                  \
     _tile_loadd(7, (right) + (part) * kStep + kStep / 2, 64); \
     _tile_dpbf16ps(1, 4, 7);                                  \
+    _tile_dpbf16ps(2, 5, 6);                                  \
     _tile_dpbf16ps(3, 5, 7);
 #define RX_PART_PRODUCTS(FRESH, BESIDE, left, right)                           \
     RX_PRODUCTS(FRESH, (left) + 2 * kStep, kBlock, right, (right) + kStep / 2) \
