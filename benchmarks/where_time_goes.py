@@ -50,7 +50,7 @@ def main(
     dtype: DType = DType.fp32,
     full: Annotated[bool, typer.Option("--full", help="exits off")] = False,
     rows: int = 512,
-    token_budget: int = 4096,
+    token_budget: int = 8192,
     threads: int = 2,
     json: Path | None = None,
 ) -> None:
