@@ -64,7 +64,18 @@ RX_INLINE const float* pool_row(const HeadArgs& h, const T* hidden, int64_t toke
     }
     const int64_t used = h.mean ? tokens : 1;
     const Vec count = set1(static_cast<float>(used));
-    for (int64_t i = 0; i < h.width; i += kWidth) {
+    int64_t i = 0;
+    // as much of a token at a time as registers hold: reading in the order of memory is what the hardware can fetch ahead
+    for (; i + kMeanVecs * kWidth <= h.width; i += kMeanVecs * kWidth) {
+        Vec totals[kMeanVecs];
+        for (Vec& total : totals) total = zero();
+        for (int64_t t = 0; t < used; ++t) {
+            const T* token = hidden + t * h.hidden_stride + i;
+            for (int j = 0; j < kMeanVecs; ++j) totals[j] = totals[j] + load(token + j * kWidth);
+        }
+        for (int j = 0; j < kMeanVecs; ++j) store(target + i + j * kWidth, totals[j] / count);
+    }
+    for (; i < h.width; i += kWidth) {
         const int64_t n = smaller(kWidth, h.width - i);
         Vec total = zero();
         for (int64_t t = 0; t < used; ++t) total = total + load_n(hidden + t * h.hidden_stride + i, n);
