@@ -29,6 +29,7 @@ from torch import Tensor
 from ragged_exit.bench.environment import environment
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import native, pack_tiles, reference, tiles_available
+from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.rules import Entropy
 
 Run = Callable[[], Tensor]
@@ -236,7 +237,7 @@ def exit_steps(repeats: int) -> Iterator[Row]:
         weight, classifier = torch.randn(hidden, hidden) * hidden**-0.5, torch.randn(classes, hidden) * hidden**-0.5
         bias, classifier_bias = torch.randn(hidden), torch.randn(classes)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        head = MlpHead(classifier, classifier_bias, weight, bias, packed_pooler=native.pack_pooler(weight))
+        head = packed_for("native", MlpHead(classifier, classifier_bias, weight, bias))
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
 
         def ours(x=x, cu_seqlens=cu_seqlens, live=live, head=head) -> Tensor:

@@ -56,7 +56,7 @@ class MlpHead:
     prototype_bias: Tensor | None = None  # [D]
     prototypes: Tensor | None = None  # [C, D]
     pooling: str = "cls"
-    packed_pooler: Tensor | None = None  # pooler_weight as the native kernel reads it best (ops.native.pack_pooler)
+    packed_pooler: Tensor | None = None  # pooler_weight as the native kernel reads it best (packed_for)
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:

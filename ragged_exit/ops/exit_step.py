@@ -13,6 +13,7 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
+from ragged_exit.ops.tile_linear import fits_tiles, pack_tiles, tiles_available
 from ragged_exit.rules import ExitRule, ScoreSpec
 
 
@@ -90,13 +91,18 @@ def exit_step(
 
 
 def packed_for(impl: str | None, head: MlpHead) -> MlpHead:
-    """``head`` as ``impl`` reads it fastest: "native" has layouts of its own for a pooler in float32 or bfloat16."""
+    """``head`` as ``impl`` reads it fastest: "native" has layouts of its own for a pooler in float32 or bfloat16.
+
+    For matrix tiles, where there are any, as a float32 one: rows are pooled and multiplied in float32; else in panels.
+    """
     weight = head.pooler_weight
     if weight is None or resolve_impl(impl, weight.device) != "native":
         return head
-    from ragged_exit.ops.native import pack_pooler
+    if tiles_available() and fits_tiles(weight):
+        return dataclasses.replace(head, packed_pooler=pack_tiles(weight.float(), None).panels)
+    from ragged_exit.ops.native import pack_panels
 
-    return dataclasses.replace(head, packed_pooler=pack_pooler(weight))
+    return dataclasses.replace(head, packed_pooler=pack_panels(weight))
 
 
 @torch.library.custom_op("ragged_exit::exit_step", mutates_args=())

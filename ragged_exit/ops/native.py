@@ -15,23 +15,13 @@ from torch import Tensor
 from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops.common import ExitTensors
-from ragged_exit.ops.tile_linear import PARTS, fits_tiles, pack_tiles
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
 _PANEL = 32  # outputs in a panel of packed weights: kPanel in csrc/gemm.inl.h
+_BLOCK, _FLOAT_TILES = 32, (3, 2, 16, 16, 2)  # of a float32 weight that is packed for tiles: ops.TileWeights
 _SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
 _INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
-
-
-def pack_pooler(weight: Tensor) -> Tensor:
-    """``weight [P, H]`` as ``exit_step`` multiplies it fastest here: for matrix tiles, in float32, else in panels.
-
-    Rows are pooled and multiplied in float32 whatever their dtype.
-    """
-    if _native.tiles_available and fits_tiles(weight):
-        return pack_tiles(weight.float(), None).panels
-    return pack_panels(weight)
 
 
 def pack_panels(weight: Tensor) -> Tensor:
@@ -311,15 +301,13 @@ def _check_pooler(head: MlpHead, pooled: int, hidden: Tensor) -> int:
                 f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {head.pooler_weight.dtype}"
             )
         return 0
-    panels, tiles = (
-        (-(-pooled // _PANEL), width, _PANEL),
-        (pooled // 32, width // 32, PARTS[torch.float32], 2, 16, 16, 2),
-    )
-    if packed.shape == panels and packed.dtype == hidden.dtype:
+    if packed.shape == (-(-pooled // _PANEL), width, _PANEL) and packed.dtype == hidden.dtype:
         return 1
-    if packed.shape == tiles and packed.dtype == torch.bfloat16 and _native.tiles_available:
+    whole = pooled % _BLOCK == 0 and width % _BLOCK == 0
+    tiles = (pooled // _BLOCK, width // _BLOCK, *_FLOAT_TILES)
+    if whole and packed.shape == tiles and packed.dtype == torch.bfloat16 and _native.tiles_available:
         return 2
-    raise ValueError(f"packed_pooler: expected what pack_pooler makes, got {packed.dtype} {list(packed.shape)}")
+    raise ValueError(f"packed_pooler: expected what packed_for makes, got {packed.dtype} {list(packed.shape)}")
 
 
 def _check_dtype(value: Tensor) -> bool:

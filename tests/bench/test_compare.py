@@ -34,8 +34,8 @@ def model():
     return random_model(BertConfig(**SIZES, num_labels=2))
 
 
-def fast_stream(model, rule, rows: Workload):
-    return rx.accelerate(model, rule=rule).stream(rows.sequences)
+def exit_layers(model, rule, rows: Workload) -> torch.Tensor:
+    return torch.tensor([row.exit_layer for row in rx.accelerate(model, rule=rule).stream(rows.sequences)])
 
 
 def workload(rows: int, seed: int) -> Workload:
@@ -108,9 +108,7 @@ def test_prepacked_linears_are_the_same_model(model, dtype):
 
 
 def test_uniform_exits_are_uniform(model, rule):
-    layers = rx.accelerate(model, rule=rule)
-    sequences = workload(60, 1).sequences
-    found = torch.tensor([row.exit_layer for row in layers.stream(sequences)])
+    found = exit_layers(model, rule, workload(60, 1))
     assert torch.bincount(found, minlength=4)[1:].tolist() == [20, 20, 20]
 
 
@@ -128,7 +126,7 @@ def test_figures_follow_from_the_timings(report):
 
 def test_the_facts_are_of_the_rows_that_were_timed(model, rule, report):
     timed = [workload(40, 100 + number) for number in range(3)]
-    layers = [torch.tensor([row.exit_layer for row in fast_stream(model, rule, rows)]) for rows in timed]
+    layers = [exit_layers(model, rule, rows) for rows in timed]
     fractions = [
         work(model.config, rows.lengths, exits, exits) / work(model.config, rows.lengths, exits * 0 + 3, exits * 0 + 1)
         for rows, exits in zip(timed, layers, strict=True)

@@ -12,7 +12,7 @@ pytest.importorskip("ragged_exit._native", reason="the C++ extension is not buil
 
 import native_cases
 
-from ragged_exit.ops import native
+from ragged_exit.ops import native, pack_tiles
 from ragged_exit.rules import Entropy
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -109,6 +109,11 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     with pytest.raises(TypeError, match="head: expected weights in the dtype of hidden"):
         native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head, *arguments)
-    for packed in (native.pack_panels(torch.zeros(16, 40)), native.pack_panels(torch.zeros(40, 16).bfloat16())):
-        with pytest.raises(ValueError, match="packed_pooler: expected what pack_pooler makes"):
-            native.exit_step(torch.zeros(3, 16), cu_seqlens, live, replace(head, packed_pooler=packed), *arguments)
+    head = native_cases.head(32, 40, 3, torch.float32)  # 40 outputs do not fit tiles: those of 32 would leave 8 unset
+    for packed in (
+        native.pack_panels(torch.zeros(32, 40)),
+        native.pack_panels(torch.zeros(40, 32).bfloat16()),
+        pack_tiles(torch.zeros(32, 32), None).panels,
+    ):
+        with pytest.raises(ValueError, match="packed_pooler: expected what packed_for makes"):
+            native.exit_step(torch.zeros(3, 32), cu_seqlens, live, replace(head, packed_pooler=packed), *arguments)

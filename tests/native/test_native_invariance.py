@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,6 +14,7 @@ pytest.importorskip("ragged_exit._native", reason="the C++ extension is not buil
 import native_cases
 
 from ragged_exit.ops import native
+from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.rules import DistanceEntropy, Entropy, ExitRule, LearnedUncertainty
 
 ROWS = 4096
@@ -34,13 +35,15 @@ def bits(value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [2, 40])
-@pytest.mark.parametrize("pack", [None, native.pack_panels, native.pack_pooler])
-def test_exit_step(dtype: torch.dtype, classes: int, pack: Callable[[Tensor], Tensor] | None, threads: int) -> None:
+@pytest.mark.parametrize("layout", ["rows", "panels", "fastest"])
+def test_exit_step(dtype: torch.dtype, classes: int, layout: str, threads: int) -> None:
     torch.manual_seed(0)
     width = 96
     head = native_cases.head(width, width, classes, dtype)
-    if pack is not None:
-        head = replace(head, packed_pooler=pack(head.pooler_weight))
+    if layout == "panels":
+        head = replace(head, packed_pooler=native.pack_panels(head.pooler_weight))
+    elif layout == "fastest":
+        head = packed_for("native", head)
     cu_seqlens, _ = native_cases.plan([1] * ROWS)
     hidden = torch.randn(ROWS, width).to(dtype)
     rules: list[ExitRule] = [Entropy(0.5), LearnedUncertainty(0.5), DistanceEntropy(0.5)]
