@@ -218,9 +218,12 @@ def test_encoder_dir_is_an_ordinary_hugging_face_directory(packages, name):
     assert type(model) is type(original)
     for key, value in CONFIG.items():
         assert getattr(model.config, key) == value
-    assert set(load_file(directory / "model.safetensors")) == set(original.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch)[0], original(**batch)[0], rtol=0, atol=0)
+    written, expected = load_file(directory / "model.safetensors"), original.state_dict()
+    assert set(written) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(written[key], value)
+    with torch.no_grad():  # MKL's sums depend on where the weights lie in memory
+        torch.testing.assert_close(model(**batch)[0], original(**batch)[0])
 
     source = embedded._ENCODERS[name]
     readme = (directory / "README.md").read_text()
