@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ragged_exit.bench.environment import environment
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops import native, pack_tiles, reference, tiles_available
+from ragged_exit.ops import linears_available, native, pack_linear, reference
 from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.rules import Entropy
 
@@ -183,11 +183,10 @@ def attention_at_one_length(repeats: int) -> Iterator[Row]:
             yield Row("varlen_attention", case, bf16 * 1e3, "", "fp32 over bf16", ratio(seconds, bf16, equal), ">= 1")
 
 
-def tile_linears(repeats: int) -> Iterator[Row]:
+def linears(repeats: int) -> Iterator[Row]:
     """The four linears of a layer, each as the layer calls it, against oneDNN's prepacked one."""
-    if not tiles_available():
-        return
-    for dtype, hidden in itertools.product((torch.float32, torch.bfloat16), (384, 768)):
+    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16) if linears_available(dtype)]
+    for dtype, hidden in itertools.product(dtypes, (384, 768)):
         for inner, outer, finish in (
             (hidden, 3 * hidden, ""),
             (hidden, hidden, "residual"),
@@ -195,12 +194,12 @@ def tile_linears(repeats: int) -> Iterator[Row]:
             (4 * hidden, hidden, "residual"),
         ):
             weight, bias = (torch.randn(outer, inner) * inner**-0.5).to(dtype), torch.randn(outer).to(dtype)
-            tiles, packed = pack_tiles(weight, bias), torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            weights, packed = pack_linear(weight, bias), torch.ops.mkldnn._reorder_linear_weight(weight, None)
             for tokens in (16, 512, 4096):
                 x, added = torch.randn(tokens, inner).to(dtype), torch.randn(tokens, outer).to(dtype)
 
-                def ours(x=x, tiles=tiles, added=added, finish=finish) -> Tensor:
-                    return native.tile_linear(x, *tiles, added if finish == "residual" else None, finish == "gelu")
+                def ours(x=x, weights=weights, added=added, finish=finish) -> Tensor:
+                    return native.packed_linear(x, *weights, added if finish == "residual" else None, finish == "gelu")
 
                 def theirs(x=x, packed=packed, bias=bias, added=added, finish=finish) -> Tensor:
                     if finish == "residual":
@@ -216,9 +215,11 @@ def tile_linears(repeats: int) -> Iterator[Row]:
                 if dtype == torch.float32 and tokens == 512:
                     error, their_error = (float((run() - exact).square().mean().sqrt()) for run in (ours, theirs))
                     shown = f"error {error:.1e}"
-                    yield Row("tile_linear", case, seconds * 1e3, shown, "oneDNN's error", their_error / error, ">= 1")
+                    yield Row(
+                        "packed_linear", case, seconds * 1e3, shown, "oneDNN's error", their_error / error, ">= 1"
+                    )
                 yield Row(
-                    "tile_linear",
+                    "packed_linear",
                     case,
                     seconds * 1e3,
                     f"{2 * tokens * inner * outer / seconds / 1e9:.0f} GFLOP/s",
@@ -342,7 +343,14 @@ def main() -> int:
 
     table = Table("op", "case", "ours ms", "rate", "against", "ratio", "target")
     rows: list[Row] = []
-    for measure in (attention_in_a_layer, attention_at_one_length, tile_linears, exit_steps, layer_norms, compactions):
+    for measure in (
+        attention_in_a_layer,
+        attention_at_one_length,
+        linears,
+        exit_steps,
+        layer_norms,
+        compactions,
+    ):
         for row in measure(arguments.repeats):
             rows.append(row)
             shown = "differs" if row.ratio is None else f"{row.ratio:.2f}"

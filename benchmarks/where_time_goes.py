@@ -4,9 +4,9 @@ python benchmarks/where_time_goes.py [--profile sst2|mrpc|long|uniform] [--shape
                                      [--full] [--rows N] [--threads N] [--json F]
 
 Random weights, the same number of rows leaves at every layer (`--full`: nobody leaves early). Profiling slows the
-forward a little, so shares are of the profiled run; what happens inside a layer that is one call (tile_layer) it tells
-itself. `linears` has the rate that they reached and their share of the
-rate that the same linears reach alone, back to back, without activation (as roofline_fraction counts).
+forward a little, so shares are of the profiled run; what happens inside a layer that is one call (packed_layer) it
+tells itself. `linears` has the rate that they reached and their share of the rate that the same linears reach alone,
+back to back, without activation (as roofline_fraction counts).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ragged_exit.ops import take_layer_seconds
 SEED = 20
 WARM_UP = 2  # workloads, so that most kernels of this batch size are built
 OPS = {
-    "linears": ("mkldnn::_linear_pointwise", "ragged_exit::tile_linear"),
+    "linears": ("mkldnn::_linear_pointwise", "ragged_exit::packed_linear"),
     "attention": ("ragged_exit::varlen_attention",),
     "layer norm": ("ragged_exit::add_layer_norm", "ragged_exit::add_layer_norm_into"),
     "embeddings": ("ragged_exit::embed_layer_norm",),

@@ -89,21 +89,20 @@ void bind_embed_layer_norm(const std::array<Address, 3>& ids, const std::array<A
                                 tokens, width, eps, uer, bf16, threads});
 }
 
-void bind_tile_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens,
-                      int64_t inputs, int64_t outputs, int64_t x_stride, bool gelu, bool bf16, int threads) {
-    tile_linear({at<void>(x), at<Bf16>(weights), inputs / 32, at<float>(bias), at<void>(residual), at<void>(out), tokens,
-                 inputs, outputs, x_stride, outputs, gelu, bf16, threads});
+void bind_linear(Address x, Address weights, Address bias, Address residual, Address out, int64_t tokens, int64_t inputs,
+                 int64_t outputs, int64_t x_stride, bool gelu, bool bf16, int threads) {
+    linear({at<void>(x), at<void>(weights), inputs / 32, at<float>(bias), at<void>(residual), at<void>(out), tokens, inputs,
+            outputs, x_stride, outputs, gelu, bf16, threads});
 }
 
 // weights: of qkv, attention_output, attention_norm, feed_forward_up, feed_forward_down, output_norm, with a bias each.
-void bind_tile_layer(Address hidden, Address cu_seqlens, const std::array<Address, 12>& weights, int64_t rows,
-                     int64_t tokens, int64_t width, int64_t heads, int64_t inner, float eps, bool uer, bool bf16,
-                     int threads) {
-    const auto linear = [&](int i) { return LayerArgs::Linear{at<Bf16>(weights[i]), at<float>(weights[i + 1])}; };
+void bind_layer(Address hidden, Address cu_seqlens, const std::array<Address, 12>& weights, int64_t rows, int64_t tokens,
+                int64_t width, int64_t heads, int64_t inner, float eps, bool uer, bool bf16, int threads) {
+    const auto linear = [&](int i) { return LayerArgs::Linear{at<void>(weights[i]), at<float>(weights[i + 1])}; };
     const auto norm = [&](int i) { return LayerArgs::Norm{at<void>(weights[i]), at<void>(weights[i + 1])}; };
     check_cu_seqlens("cu_seqlens", at<int32_t>(cu_seqlens), rows, tokens);
-    tile_layer({at<void>(hidden), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2), linear(6),
-                linear(8), norm(4), norm(10), eps, uer, bf16, threads});
+    layer({at<void>(hidden), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2), linear(6), linear(8),
+           norm(4), norm(10), eps, uer, bf16, threads});
 }
 
 // The tensors of ExitArgs: (cu_seqlens, live, counter, previous, threshold) and the outputs in the order of ExitTensors.
@@ -209,13 +208,14 @@ void bind_elementwise(const std::string& function, Address x, Address y, int64_t
 PYBIND11_MODULE(_native, module) {
     using namespace ragged_exit;
     const py::call_guard<py::gil_scoped_release> without_gil;
-    module.attr("isa") = kernels().isa;
+    module.attr("isa") = isa();
     module.def("varlen_attention", bind_attention, without_gil);
     module.def("add_layer_norm", bind_layer_norm, without_gil);
     module.def("embed_layer_norm", bind_embed_layer_norm, without_gil);
     module.attr("tiles_available") = tiles_available();
-    module.def("tile_linear", bind_tile_linear, without_gil);
-    module.def("tile_layer", bind_tile_layer, without_gil);
+    module.attr("linears_available") = std::make_tuple(linears_available(false), linears_available(true));
+    module.def("linear", bind_linear, without_gil);
+    module.def("layer", bind_layer, without_gil);
     module.def("take_layer_seconds", [] {
         const LayerSeconds taken = take_layer_seconds();
         return std::array<double, 3>{taken.linears, taken.attention, taken.norms};

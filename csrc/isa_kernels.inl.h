@@ -15,11 +15,13 @@ RX_INLINE float scalar(Bf16 x) { return load_n(&x, 1)[0]; }
 #include "math.inl.h"
 
 #include "attention.inl.h"
+#include "gelu.inl.h"
 #include "gemm.inl.h"
 #include "layer_norm.inl.h"
 #include "scores.inl.h"
 
 #include "exit_step.inl.h"
+#include "linear.inl.h"
 
 namespace ragged_exit {
 namespace RX_ISA {
@@ -41,11 +43,15 @@ void tanh_array(const float* x, float* y, int64_t n) {
     apply(x, y, n, [&](Vec value) { return tanh(value); });
 }
 
-#define RX_TEXT(name) RX_TEXT_OF(name)
-#define RX_TEXT_OF(name) #name
+template <int VECS>
+constexpr LinearKernel float_linear() {
+    if constexpr (VECS > 0) return linear_of<float, VECS>;
+    return nullptr;
+}
+
 extern const Kernels table;
-const Kernels table = {RX_TEXT(RX_ISA), attention, layer_norm, embed_layer_norm, exit_step,
-                       exit_decide,     exp_array, exp2_array, tanh_array};
+const Kernels table = {attention,   layer_norm, embed_layer_norm,            exit_step,
+                       exit_decide, float_linear<kLinearVecs>(), exp_array, exp2_array, tanh_array};
 
 }  // namespace RX_ISA
 }  // namespace ragged_exit

@@ -117,13 +117,32 @@ struct DecideArgs {
     const float* signal;  // [rows] uncertainty or [rows, classes] distances, or null
 };
 
+// A linear whose weights are packed; inputs and outputs are multiples of 32.
+//
+// Weights lie in panels of 32 outputs, a panel in steps of 32 inputs. A step is [parts, 2, 32 / of, 16, of]: halves of 16
+// outputs, whose weights for `of` inputs stand together. For tiles, and for vectors in Bf16, the numbers are Bf16 and `of`
+// is 2; float has three parts, whose sum is the weight, else there is one. For vectors in float they are floats, `of` is 1.
+struct LinearArgs {
+    const void* x;          // T [tokens, inputs], rows `x_stride` apart
+    const void* weights;    // panels [outputs / 32, inputs / 32]
+    int64_t panel_steps;    // from one panel to the next: more than there are here for some of the inputs
+    const float* bias;      // [outputs], or null: 0
+    const void* residual;   // T [tokens, outputs], rows `out_stride` apart, or null; may be `out`
+    void* out;              // T [tokens, outputs], rows `out_stride` apart
+    int64_t tokens, inputs, outputs, x_stride, out_stride;
+    bool gelu;  // not together with a residual
+    bool bf16;
+    int threads;
+};
+using LinearKernel = void (*)(const LinearArgs&);
+
 struct Kernels {
-    const char* isa;
     void (*attention)(const AttentionArgs&);
     void (*layer_norm)(const LayerNormArgs&);
     void (*embed_layer_norm)(const EmbedArgs&);
     void (*exit_step)(const HeadArgs&, const ExitArgs&);
     void (*exit_decide)(const DecideArgs&, const ExitArgs&);
+    LinearKernel linear;  // in float, or null
     // The functions of math.inl.h over arrays of n floats, for accuracy tests.
     void (*exp)(const float* x, float* y, int64_t n);
     void (*exp2)(const float* x, float* y, int64_t n);
@@ -133,6 +152,7 @@ struct Kernels {
 // The best set for this processor, or the one that RAGGED_EXIT_ISA names. Throws std::runtime_error for a name that is
 // unknown or that this processor cannot run.
 const Kernels& kernels();
+const char* isa();  // its name; "amx": AVX-512 with matrix tiles
 
 struct GatherTensor {
     const char* source;
@@ -155,25 +175,18 @@ void compact(const CompactArgs& args, const GatherTensor* tokens, int64_t token_
 // Fills survivors, new_cu_seqlens and new_live from exits.
 void plan_survivors(const ExitArgs& args);
 
-// A linear on matrix tiles; inputs and outputs are multiples of 32.
-struct LinearArgs {
-    const void* x;          // T [tokens, inputs], rows `x_stride` apart
-    const Bf16* weights;    // panels [outputs / 32, inputs / 32, parts, 2, 16, 32]: 16 outputs' pairs of inputs in a row;
-                            // one part for Bf16, and for float three, whose sum is the weight
-    int64_t panel_steps;    // from one panel to the next, in 32 inputs: more than there are here for some of the inputs
-    const float* bias;      // [outputs], or null: 0
-    const void* residual;   // T [tokens, outputs], rows `out_stride` apart, or null; may be `out`
-    void* out;              // T [tokens, outputs], rows `out_stride` apart
-    int64_t tokens, inputs, outputs, x_stride, out_stride;
-    bool gelu;  // not together with a residual
-    bool bf16;
-    int threads;
-};
+// The kernels of linears for the dtype and the processor, and whether there are any.
+bool linears_available(bool bf16);
+void linear(const LinearArgs& args);
+void bf16_linear(const LinearArgs& args);  // on vectors
+bool bf16_vectors_available();
+int64_t linear_step_bytes(bool bf16);  // of a panel's weights for 32 inputs
 
-// Of how many inputs at a time a linear writes the sums: of all, or where floats have many, of 384 (tiles_linear_float.inl.h).
+// Of how many inputs at a time tiles write the sums: of all, or where floats have many, of 384 (tiles_linear_float.inl.h).
 constexpr int64_t tile_chunk(int64_t inputs, bool bf16) { return bf16 || inputs <= 1024 ? inputs : 384; }
 
-// Whether processor, operating system and RAGGED_EXIT_ISA allow the kernels on matrix tiles.
+// Whether processor and operating system grant the kernels on matrix tiles, and whether they are chosen, too.
+bool tiles_granted();
 bool tiles_available();
 void tile_linear(const LinearArgs& args);
 void tile_attention(const AttentionArgs& args);  // bfloat16, `dim` a multiple of 32
@@ -181,10 +194,10 @@ void tile_attention(const AttentionArgs& args);  // bfloat16, `dim` a multiple o
 // The kernel of attention for the dtype, the head size and the processor.
 void attention(const AttentionArgs& args);
 
-// A post-LayerNorm layer with a GELU, whose linears are on tiles.
+// A post-LayerNorm layer with a GELU, whose linears are packed.
 struct LayerArgs {
     struct Linear {
-        const Bf16* weights;  // as in LinearArgs
+        const void* weights;  // as in LinearArgs
         const float* bias;
     };
     struct Norm {
@@ -200,7 +213,7 @@ struct LayerArgs {
     bool bf16;
     int threads;
 };
-void tile_layer(const LayerArgs& args);
+void layer(const LayerArgs& args);
 
 // What the layers' time went into since this was last asked: for a profile, while no layer runs.
 struct LayerSeconds {

@@ -10,6 +10,7 @@ constexpr int kWidth = 8;
 constexpr int kGemmRows = 6;
 constexpr int kQueryVecs = 2;
 constexpr int kTileRows = 4;
+constexpr int kLinearRows = 6, kLinearVecs = 2;
 constexpr int kMeanVecs = 12;
 
 RX_INLINE Vec zero() { return _mm256_setzero_ps(); }

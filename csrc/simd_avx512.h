@@ -12,6 +12,7 @@ constexpr int kWidth = 16;
 constexpr int kGemmRows = 14;  // x 2 vectors
 constexpr int kQueryVecs = 3;  // x kTileRows
 constexpr int kTileRows = 8;
+constexpr int kLinearRows = 6, kLinearVecs = 4;
 constexpr int kMeanVecs = 24;  // sums of one token's vectors
 
 RX_INLINE Vec zero() { return _mm512_setzero_ps(); }

@@ -9,6 +9,7 @@ constexpr int kWidth = 4;
 constexpr int kGemmRows = 6;
 constexpr int kQueryVecs = 2;
 constexpr int kTileRows = 4;
+constexpr int kLinearRows = 6, kLinearVecs = 0;  // no linears: oneDNN knows more than 16-byte vectors
 constexpr int kMeanVecs = 12;
 
 RX_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }

@@ -1,4 +1,4 @@
-// Kernels for the processor's matrix tiles (AMX), where processor, system and RAGGED_EXIT_ISA allow them.
+// Kernels for the processor's matrix tiles (AMX).
 #include "isa_prelude.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
@@ -32,11 +32,7 @@ bool kernel_allows_tiles() {
 
 }  // namespace
 
-bool tiles_available() {
-    static const bool available =
-        std::strcmp(kernels().isa, "avx512") == 0 && processor_has_tiles() && kernel_allows_tiles();
-    return available;
-}
+bool tiles_granted() { return processor_has_tiles() && kernel_allows_tiles(); }
 
 }  // namespace ragged_exit
 
@@ -52,6 +48,8 @@ bool tiles_available() {
 #include "simd_avx512.h"
 
 #include "math.inl.h"
+
+#include "gelu.inl.h"
 
 // Nothing but always-inlined functions may come from the headers above: the linker keeps one copy of any other, and it
 // could be the one compiled here.
@@ -130,7 +128,7 @@ void tile_attention(const AttentionArgs& a) { tiles::attention_of(a); }
 
 namespace ragged_exit {
 
-bool tiles_available() { return false; }
+bool tiles_granted() { return false; }
 void tile_linear(const LinearArgs&) { throw std::logic_error("tile_linear: built without AMX"); }
 void tile_attention(const AttentionArgs&) { throw std::logic_error("tile_attention: built without AMX"); }
 

@@ -36,7 +36,7 @@ void run_bf16(const LinearArgs& a, const Plan& plan, const Bf16* last_block, int
         const int64_t lines_ahead = token + 2 * kBlock <= a.tokens ? (block_lines + steps - 1) / steps : 0;
         const char* ahead = reinterpret_cast<const char*>(x + kBlock * x_stride);
         for (int64_t panel = first; panel < last; ++panel) {
-            const Bf16* weights = a.weights + panel * a.panel_steps * kStep;
+            const Bf16* weights = static_cast<const Bf16*>(a.weights) + panel * a.panel_steps * kStep;
             bf16_block<Gelu>(x, x_stride, weights, plan.steps, sums, before, ahead, lines_ahead);
             const int64_t at = token * a.out_stride + panel * kBlock;
             before = {sums, a.bias ? a.bias + panel * kBlock : kNoBias, residual ? residual + at : nullptr,

@@ -136,8 +136,8 @@ void run_float(const LinearArgs& a, const Plan& plan, Bf16* parts, int64_t begin
         const int64_t step = here.chunk * plan.chunk_steps, slots = 6 * (last - first) * x.steps;
         written();
         for (int64_t panel = first; panel < last; ++panel) {
-            float_block(x.parts, a.weights + (panel * a.panel_steps + step) * kFloatStep, x.steps, sums, before, gelu, ahead,
-                        (kBlock * ahead.steps + slots - 1) / slots);
+            const Bf16* weights = static_cast<const Bf16*>(a.weights) + (panel * a.panel_steps + step) * kFloatStep;
+            float_block(x.parts, weights, x.steps, sums, before, gelu, ahead, (kBlock * ahead.steps + slots - 1) / slots);
             const int64_t at = token * a.out_stride + panel * kBlock;
             float* out = static_cast<float*>(a.out) + at;
             const float* residual = a.residual ? static_cast<const float*>(a.residual) + at : nullptr;

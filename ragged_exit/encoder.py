@@ -15,7 +15,14 @@ from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
 from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_bucket
 from ragged_exit.buffers import Buffers
 from ragged_exit.linears import PackedLinear, check_activation
-from ragged_exit.ops import TileLayer, TileNorm, add_layer_norm, embed_layer_norm, tile_layer, varlen_attention
+from ragged_exit.ops import (
+    LayerNormWeights,
+    PackedLayer,
+    add_layer_norm,
+    embed_layer_norm,
+    packed_layer,
+    varlen_attention,
+)
 
 PART_BYTES = 12 << 20  # of inner activations in a part on a CPU: larger ones leave the caches before they are read
 
@@ -59,7 +66,7 @@ class PackedEncoder:
         projection = weights.embedding_projection
         self.embedding_projection = None if projection is None else linear(projection)
         packed = {  # shared layers once
-            id(layer): _PackedLayer(layer, weights.activation, affine, linear) for layer in weights.layers
+            id(layer): _Layer(layer, weights.activation, affine, linear) for layer in weights.layers
         }
         self.layers = [packed[id(layer)] for layer in weights.layers]
         row_bytes = weights.layers[0].feed_forward_up.weight.shape[0] * self.word_embeddings.element_size()
@@ -169,11 +176,11 @@ class PackedEncoder:
         if batch.hidden is None:
             raise ValueError("batch: expected hidden states; call embed first")
         layer = self.layers[index]
-        if layer.tiles is not None:
-            tile_layer(
+        if layer.whole is not None:
+            packed_layer(
                 batch.hidden,
                 batch.cu_seqlens,
-                layer.tiles,
+                layer.whole,
                 self.num_heads,
                 self.norm_eps,
                 self.norm_kind,
@@ -200,7 +207,7 @@ class PackedEncoder:
             first, start = last, stop
         return parts
 
-    def _attend(self, layer: _PackedLayer, x: Tensor, part: _Part) -> Tensor:
+    def _attend(self, layer: _Layer, x: Tensor, part: _Part) -> Tensor:
         head_size = self.hidden_size // self.num_heads
         qkv = layer.qkv(x).view(-1, 3, self.num_heads, head_size)  # [Tcap, 3, N, D]
         context = varlen_attention(
@@ -214,7 +221,7 @@ class PackedEncoder:
         )
         return self._norm(*layer.attention_output.sum_with(context.view(x.shape), x), layer.attention_norm)
 
-    def _feed_forward(self, layer: _PackedLayer, x: Tensor, out: Tensor) -> None:
+    def _feed_forward(self, layer: _Layer, x: Tensor, out: Tensor) -> None:
         """Of x ``[size, H]``, as many tokens as ``out`` has."""
         inner = layer.feed_forward_up(x, self.activation)  # [size, F]
         total, residual = layer.feed_forward_down.sum_with(inner, x)
@@ -246,8 +253,8 @@ class _Part(NamedTuple):
         return F.pad(found, (0, 0, 0, self.size - len(found))) if len(found) < self.size else found
 
 
-class _PackedLayer:
-    """The four linears and two norms of a layer. tiles: them all, where they can run in one call."""
+class _Layer:
+    """The four linears and two norms of a layer. whole: them all, where they can run in one call."""
 
     def __init__(
         self,
@@ -263,17 +270,14 @@ class _PackedLayer:
         self.feed_forward_down = linear(weights.feed_forward_down)
         self.output_norm = affine(weights.output_norm)
         linears = (self.qkv, self.attention_output, self.feed_forward_up, self.feed_forward_down)
-        self.tiles: TileLayer | None = None
-        if activation == "gelu" and all(linear.kind == "tiles" for linear in linears):
+        packed = [linear.packed for linear in linears if linear.packed is not None]
+        self.whole: PackedLayer | None = None
+        if activation == "gelu" and len(packed) == len(linears):
             assert self.attention_norm.bias is not None and self.output_norm.bias is not None
-            self.tiles = TileLayer(
-                self.qkv.tiles,
-                self.attention_output.tiles,
-                TileNorm(self.attention_norm.weight, self.attention_norm.bias),
-                self.feed_forward_up.tiles,
-                self.feed_forward_down.tiles,
-                TileNorm(self.output_norm.weight, self.output_norm.bias),
-            )
+            qkv, attention_output, up, down = packed
+            attention_norm = LayerNormWeights(self.attention_norm.weight, self.attention_norm.bias)
+            output_norm = LayerNormWeights(self.output_norm.weight, self.output_norm.bias)
+            self.whole = PackedLayer(qkv, attention_output, attention_norm, up, down, output_norm)
 
 
 def _check_integers(name: str, values: Sequence[int]) -> None:

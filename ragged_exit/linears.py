@@ -1,4 +1,4 @@
-"""Linear layers of the accelerated forward: weights packed once, for matrix tiles or for oneDNN."""
+"""Linear layers of the accelerated forward: weights packed once, for this package's kernels or for oneDNN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ragged_exit.ops import fits_tiles, pack_tiles, resolve_impl, tile_linear, tiles_available
+from ragged_exit.ops import PackedWeights, fits_packing, linears_available, pack_linear, packed_linear, resolve_impl
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -22,7 +22,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # activations that each kind of linear has in its own pass; of oneDNN's: (attr, algorithm)
 _FUSED: dict[str, dict[str, tuple[str, str]]] = {
-    "tiles": {"gelu": ("", "")},
+    "packed": {"gelu": ("", "")},
     "onednn": {
         "gelu": ("gelu", "none"),
         "gelu_new": ("gelu", "tanh"),
@@ -55,14 +55,17 @@ class PackedLinear:
     """y = act(x W^T + b), or the sum of x W^T + b and a residual, with a snapshot of the weights.
 
     weight: ``[N, K]``, bias: ``[N]`` or None, in the dtype and on the device that the inputs will have. impl: as every
-    op takes it. ``kind`` says what runs: "tiles" on a CPU that has them (AMX), for sizes in multiples of 32 and
-    unless ``impl`` is "reference"; else "onednn", prepacked, on a CPU where this torch has it; else "plain".
+    op takes it. ``kind`` says what runs: "packed", this package's own kernels, where the CPU can run them in the dtype,
+    for sizes in multiples of 32 and unless ``impl`` is "reference"; else "onednn", prepacked, on a CPU where this torch
+    has it; else "plain".
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, impl: str | None = None) -> None:
-        if fits_tiles(weight) and resolve_impl(impl, weight.device) == "native" and tiles_available():
-            self.kind = "tiles"
-            self.tiles = pack_tiles(weight, bias)
+        self.packed: PackedWeights | None = None
+        native = resolve_impl(impl, weight.device) == "native" and linears_available(weight.dtype)
+        if native and fits_packing(weight):
+            self.kind = "packed"
+            self.packed = pack_linear(weight, bias)
             return
         self.bias = None if bias is None else bias.detach().clone()
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
@@ -77,8 +80,8 @@ class PackedLinear:
         """x ``[T, K]`` -> ``[T, N]``, optionally through an activation (its Hugging Face name)."""
         if activation is not None and activation not in _FUSED[self.kind]:
             return _ACTIVATIONS[activation](self(x))
-        if self.kind == "tiles":
-            return tile_linear(x, self.tiles, gelu=activation is not None)
+        if self.packed is not None:
+            return packed_linear(x, self.packed, gelu=activation is not None)
         if self.kind == "onednn":
             attr, algorithm = ("none", "") if activation is None else _FUSED["onednn"][activation]
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
@@ -89,8 +92,8 @@ class PackedLinear:
 
         On a CPU the residual is added with the products; elsewhere the LayerNorm kernel that follows adds it for free.
         """
-        if self.kind == "tiles":
-            return tile_linear(x, self.tiles, residual=residual), None
+        if self.packed is not None:
+            return packed_linear(x, self.packed, residual=residual), None
         if self.kind == "onednn":
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add"), None
         return F.linear(x, self.weight, self.bias), residual

@@ -32,9 +32,15 @@ from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.linears import PackedLinear, check_activation, prepacking_available
-from ragged_exit.ops import tiles_available
+from ragged_exit.ops import linears_available
 from ragged_exit.ops.dispatch import native_available
 
+PACKED = [
+    pytest.param(
+        dtype, marks=pytest.mark.skipif(not linears_available(dtype), reason=f"no kernels for {dtype} linears")
+    )
+    for dtype in (torch.bfloat16, torch.float32)
+]
 CLOSE = {"rtol": 0, "atol": 2e-5}
 MASKS = ("none", "right", "left", "holes")
 
@@ -195,7 +201,7 @@ def test_parts_give_the_bits_of_the_whole(monkeypatch, dtype: torch.dtype, room:
         dtype=dtype,
         device=torch.device("cpu"),
     )
-    assert encoder.layers[0].tiles is None  # not one call, which has parts of its own
+    assert encoder.layers[0].whole is None  # not one call, which has parts of its own
     rows = [*random_rows(40), [5] * 80, *random_rows(9, seed=1), [6] * 33]
     batch = encoder.embed(encoder.pack_sequences(rows))
     live = batch.hidden[: batch.tokens]
@@ -228,15 +234,14 @@ def test_a_layer_works_in_place_and_leaves_the_rows_of_others_alone(impl: str) -
     assert torch.equal(batch.hidden[batch.tokens :], before[batch.tokens :])
 
 
-@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", PACKED)
 def test_a_layer_in_one_call_gives_the_bits_of_its_operations(dtype: torch.dtype) -> None:
     weights = backbone_weights(tiny_backbone(bert_config()))
     encoder = PackedEncoder(weights, impl=None, dtype=dtype, device=torch.device("cpu"))
     batch = encoder.embed(encoder.pack_sequences(random_rows(40)))
-    assert encoder.layers[0].tiles is not None
+    assert encoder.layers[0].whole is not None
     found = after_layer(encoder, batch)
-    encoder.layers[0].tiles = None
+    encoder.layers[0].whole = None
     assert torch.equal(found[: batch.tokens], after_layer(encoder, batch)[: batch.tokens])
 
 
@@ -407,14 +412,13 @@ def test_packed_linear_is_a_snapshot(path: str) -> None:
     assert torch.equal(linear(x), before)
 
 
-@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packed_linear_on_tiles_is_linear(bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_linear_on_own_kernels_is_linear(bias: bool, dtype: torch.dtype) -> None:
     weight, x = (torch.randn(64, 96) / 96**0.5).to(dtype), torch.randn(50, 96).to(dtype)
     offset, residual = torch.randn(64).to(dtype) if bias else None, torch.randn(50, 64).to(dtype)
     linear = PackedLinear(weight, offset)
-    assert linear.kind == "tiles"
+    assert linear.kind == "packed"
     truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
     torch.testing.assert_close(linear(x).double(), truth, **TOLERANCES[dtype])
     for name, function in ACTIVATIONS.items():
@@ -424,12 +428,12 @@ def test_packed_linear_on_tiles_is_linear(bias: bool, dtype: torch.dtype) -> Non
     torch.testing.assert_close(total.double(), truth + residual.double(), **TOLERANCES[dtype])
 
 
-@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
-def test_tiles_are_for_what_fits_them_and_not_for_the_reference() -> None:
-    weight = torch.randn(64, 96).bfloat16()
-    assert PackedLinear(weight, None, impl="reference").kind != "tiles"
-    assert PackedLinear(weight.half(), None).kind != "tiles"
-    assert PackedLinear(weight[:, :95], None).kind != "tiles"
+def test_own_kernels_are_for_what_fits_them_and_not_for_the_reference() -> None:
+    weight = torch.randn(64, 96)
+    assert (PackedLinear(weight, None).kind == "packed") == linears_available(torch.float32)
+    assert PackedLinear(weight, None, impl="reference").kind != "packed"
+    assert PackedLinear(weight.half(), None).kind != "packed"
+    assert PackedLinear(weight[:, :95], None).kind != "packed"
 
 
 def test_packed_linear_takes_weights_that_are_views(path: str) -> None:
@@ -440,7 +444,7 @@ def test_packed_linear_takes_weights_that_are_views(path: str) -> None:
 @pytest.mark.parametrize("impl", impls())
 def test_the_encoder_is_the_same_without_prepacking(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "prepacking_available", lambda: False)
-    monkeypatch.setattr(linears, "tiles_available", lambda: False)
+    monkeypatch.setattr(linears, "linears_available", lambda dtype: False)
     backbone = tiny_backbone(bert_config())
     ids, mask = masked_inputs("holes")
     encoder = packed_encoder(backbone, impl)

@@ -1,4 +1,4 @@
-"""The promise of the native CPU path, in fp32 and on tiles: a row's bits depend on that row alone, not on its place.
+"""The promise of the native CPU path, in fp32 and on own linears: a row's bits depend on that row alone.
 
 Not "close": equal to the bit, in logits, score and exit layer, however 500 rows are grouped and ordered.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 import ragged_exit as rx
 from ragged_exit.executor import ExitRecord
 from ragged_exit.linears import prepacking_available
-from ragged_exit.ops import tiles_available
+from ragged_exit.ops import linears_available
 from ragged_exit.testing.compare import quiet_threshold
 
 pytestmark = [
@@ -142,19 +142,19 @@ def test_mean_pooling_and_patience(rule: rx.ExitRule | None) -> None:
 
 
 def test_hidden_384() -> None:
-    """The embedded default's width: other kernels of oneDNN, and sequences of several attention tiles."""
+    """The embedded default's width: more groups of weights, and sequences of several attention tiles."""
     case = make(64, 70, hidden_size=384, num_attention_heads=12, intermediate_size=1536, num_hidden_layers=3)
     for groups in regroupings(64, 6, seed=3):
         case.check(groups)
 
 
-@pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
+@pytest.mark.skipif(not linears_available(torch.bfloat16), reason="no kernels for bfloat16 linears")
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_bfloat16_on_tiles(pooling: str) -> None:
+def test_bfloat16(pooling: str) -> None:
     case = make(
         90, 70, pooling=pooling, dtype=torch.bfloat16, hidden_size=128, num_attention_heads=4, intermediate_size=512
     )
-    assert case.fast.encoder.layers[0].qkv.kind == "tiles"
+    assert case.fast.encoder.layers[0].qkv.kind == "packed"
     for groups in regroupings(90, 12, seed=4):
         case.check(groups)
     with threads(2):

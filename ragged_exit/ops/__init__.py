@@ -7,25 +7,33 @@ from ragged_exit.ops.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.exit_decide import exit_decide
 from ragged_exit.ops.exit_step import ExitDecision, exit_step
 from ragged_exit.ops.layer_norm import add_layer_norm
-from ragged_exit.ops.tile_layer import TileLayer, TileNorm, take_layer_seconds, tile_layer
-from ragged_exit.ops.tile_linear import TileWeights, fits_tiles, pack_tiles, tile_linear, tiles_available
+from ragged_exit.ops.packed_layer import LayerNormWeights, PackedLayer, packed_layer, take_layer_seconds
+from ragged_exit.ops.packed_linear import (
+    PackedWeights,
+    fits_packing,
+    linears_available,
+    pack_linear,
+    packed_linear,
+    tiles_available,
+)
 
 __all__ = [
     "ExitDecision",
-    "TileLayer",
-    "TileNorm",
-    "TileWeights",
+    "LayerNormWeights",
+    "PackedLayer",
+    "PackedWeights",
     "add_layer_norm",
     "compact",
     "embed_layer_norm",
     "exit_decide",
     "exit_step",
-    "fits_tiles",
-    "pack_tiles",
+    "fits_packing",
+    "linears_available",
+    "pack_linear",
+    "packed_layer",
+    "packed_linear",
     "resolve_impl",
     "take_layer_seconds",
-    "tile_layer",
-    "tile_linear",
     "tiles_available",
     "varlen_attention",
 ]

@@ -13,7 +13,7 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
-from ragged_exit.ops.tile_linear import fits_tiles, pack_tiles, tiles_available
+from ragged_exit.ops.packed_linear import fits_packing, pack_linear, tiles_available
 from ragged_exit.rules import ExitRule, ScoreSpec
 
 
@@ -98,8 +98,8 @@ def packed_for(impl: str | None, head: MlpHead) -> MlpHead:
     weight = head.pooler_weight
     if weight is None or resolve_impl(impl, weight.device) != "native":
         return head
-    if tiles_available() and fits_tiles(weight):
-        return dataclasses.replace(head, packed_pooler=pack_tiles(weight.float(), None).panels)
+    if tiles_available() and fits_packing(weight):
+        return dataclasses.replace(head, packed_pooler=pack_linear(weight.float(), None, tiles=True).panels)
     from ragged_exit.ops.native import pack_panels
 
     return dataclasses.replace(head, packed_pooler=pack_panels(weight))

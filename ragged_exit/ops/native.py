@@ -18,7 +18,7 @@ from ragged_exit.ops.common import ExitTensors
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
 _PANEL = 32  # outputs in a panel of packed weights: kPanel in csrc/gemm.inl.h
-_BLOCK, _FLOAT_TILES = 32, (3, 2, 16, 16, 2)  # of a float32 weight that is packed for tiles: ops.TileWeights
+_BLOCK, _FLOAT_TILES = 32, (3, 2, 16, 16, 2)  # of a float32 weight that is packed for tiles: ops.PackedWeights
 _SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
 _INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
@@ -91,9 +91,9 @@ def add_layer_norm(
     return out
 
 
-def tile_linear(
+def packed_linear(
     x: Tensor,  # [T, K]
-    panels: Tensor,  # [N / 32, K / 32, parts, 2, 16, 16, 2]
+    panels: Tensor,  # [N / 32, K / 32, parts, 2, 32 / of, 16, of]
     bias: Tensor,  # [N]
     residual: Tensor | None,  # [T, N]
     gelu: bool,
@@ -102,7 +102,7 @@ def tile_linear(
     x = _rows(x)
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(x.shape[0], bias.shape[0])
-    _native.tile_linear(
+    _native.linear(
         x.data_ptr(),
         panels.data_ptr(),
         bias.data_ptr(),
@@ -118,17 +118,17 @@ def tile_linear(
     return out
 
 
-def tile_layer(
+def packed_layer(
     hidden: Tensor,  # [Tcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
-    layer: list[Tensor],  # of a TileLayer, in its order
+    layer: list[Tensor],  # of a PackedLayer, in its order
     num_heads: int,
     eps: float,
     kind: str,
 ) -> None:
     is_bf16 = _check_dtype(hidden)
     cu_seqlens, layer = cu_seqlens.contiguous(), [value.contiguous() for value in layer]
-    _native.tile_layer(
+    _native.layer(
         hidden.data_ptr(),
         cu_seqlens.data_ptr(),
         _addresses(layer),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit import _native
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops import native, reference
+from ragged_exit.ops import linears_available, native, pack_linear, reference
 from ragged_exit.rules import DistanceEntropy, Energy, Entropy, MaxProb, Patience
 
 # Units in the last place; measured over all instruction sets: 1.9, 1.6 and 1.4.
@@ -89,6 +90,17 @@ def check_all_ops(dtype: torch.dtype) -> None:
                 wide = [None if value is None else value.double() for value in (x, second, weight, bias)]
                 actual = native.add_layer_norm(x, second, weight, bias, 1e-5, kind)
                 close(actual, reference.add_layer_norm(*wide, 1e-5, kind), tolerance)
+    for tokens, inputs, outputs in ((1, 32, 32), (7, 64, 96), (13, 416, 160), (40, 1536, 64)):
+        if not linears_available(dtype):  # not with the baseline, and bfloat16 not with AVX2
+            break
+        x, weight, bias, residual = (
+            torch.randn(*shape).to(dtype)
+            for shape in ((tokens, inputs), (outputs, inputs), (outputs,), (tokens, outputs))
+        )
+        weights, wide = pack_linear(weight, bias), F.linear(x.double(), weight.double(), bias.double())
+        scale = inputs**0.5
+        close(native.packed_linear(x, *weights, None, True) / scale, F.gelu(wide) / scale, tolerance)
+        close(native.packed_linear(x, *weights, residual, False) / scale, (wide + residual) / scale, tolerance)
     for width, pooled, classes, rows in ((32, 40, 2, 33), (50, 33, 3, 1), (19, 7, 40, 20)):
         cu_seqlens, live = plan([1 + i % 4 for i in range(rows)])
         hidden = torch.randn(int(live[1]), width).to(dtype)

@@ -12,7 +12,7 @@ pytest.importorskip("ragged_exit._native", reason="the C++ extension is not buil
 
 import native_cases
 
-from ragged_exit.ops import native, pack_tiles
+from ragged_exit.ops import native, pack_linear
 from ragged_exit.rules import Entropy
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,7 +113,7 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     for packed in (
         native.pack_panels(torch.zeros(32, 40)),
         native.pack_panels(torch.zeros(40, 32).bfloat16()),
-        pack_tiles(torch.zeros(32, 32), None).panels,
+        pack_linear(torch.zeros(32, 32), None, tiles=True).panels,
     ):
         with pytest.raises(ValueError, match="packed_pooler: expected what packed_for makes"):
             native.exit_step(torch.zeros(3, 32), cu_seqlens, live, replace(head, packed_pooler=packed), *arguments)

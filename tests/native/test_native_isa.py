@@ -12,8 +12,11 @@ import torch
 
 pytest.importorskip("ragged_exit._native", reason="the C++ extension is not built")
 
+from ragged_exit.ops import tiles_available
+
 FOLDER = Path(__file__).parent
 CAPABILITIES = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}  # torch's names
+ISAS = ["baseline", "avx2", "avx512", "amx"]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,9 +30,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_each_isa_agrees_with_float64(isa: str) -> None:
-    if CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0) < ["baseline", "avx2", "avx512"].index(isa):
+    best = 3 if tiles_available() else CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if best < ISAS.index(isa):
         pytest.skip(f"this processor has no {isa}")
     code = (
         "import torch, native_cases; from ragged_exit import _native\n"
@@ -44,7 +48,7 @@ def test_each_isa_agrees_with_float64(isa: str) -> None:
 def test_an_unknown_isa_is_refused() -> None:
     result = run("import torch; from ragged_exit import _native", RAGGED_EXIT_ISA="mmx")
     assert result.returncode != 0
-    assert "RAGGED_EXIT_ISA: expected baseline, avx2 or avx512, got mmx" in result.stderr
+    assert "RAGGED_EXIT_ISA: expected baseline, avx2, avx512 or amx, got mmx" in result.stderr
 
 
 def test_without_the_extension_auto_is_the_reference_and_native_raises() -> None:

@@ -5,8 +5,8 @@ from ragged_exit.ops.reference.compact import compact
 from ragged_exit.ops.reference.embed_layer_norm import embed_layer_norm
 from ragged_exit.ops.reference.exit import exit_decide, exit_step
 from ragged_exit.ops.reference.layer_norm import add_layer_norm
-from ragged_exit.ops.reference.tile_layer import tile_layer
-from ragged_exit.ops.reference.tile_linear import tile_linear
+from ragged_exit.ops.reference.packed_layer import packed_layer
+from ragged_exit.ops.reference.packed_linear import packed_linear
 
 __all__ = [
     "add_layer_norm",
@@ -14,7 +14,7 @@ __all__ = [
     "embed_layer_norm",
     "exit_decide",
     "exit_step",
-    "tile_layer",
-    "tile_linear",
+    "packed_layer",
+    "packed_linear",
     "varlen_attention",
 ]

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ragged_exit.ops.reference.attention import varlen_attention
 from ragged_exit.ops.reference.layer_norm import add_layer_norm
-from ragged_exit.ops.reference.tile_linear import tile_linear
+from ragged_exit.ops.reference.packed_linear import packed_linear
 
 
-def tile_layer(
+def packed_layer(
     hidden: Tensor,  # [Tcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
-    layer: list[Tensor],  # of a TileLayer, in its order
+    layer: list[Tensor],  # of a PackedLayer, in its order
     num_heads: int,
     eps: float,
     kind: str,
@@ -23,9 +23,9 @@ def tile_layer(
     tokens = int(cu_seqlens[-1])
     x = hidden[:tokens]
     head_size = x.shape[1] // num_heads
-    q, k, v = tile_linear(x, *qkv, None, False).view(tokens, 3, num_heads, head_size).unbind(1)
+    q, k, v = packed_linear(x, *qkv, None, False).view(tokens, 3, num_heads, head_size).unbind(1)
     longest = int(cu_seqlens.diff().max())
     context = varlen_attention(q, k, v, cu_seqlens, longest, 1 / math.sqrt(head_size))
-    x = add_layer_norm(tile_linear(context.reshape(x.shape), *output, x, False), None, *norm, eps, kind)
-    inner = tile_linear(x, *up, None, True)
-    add_layer_norm(tile_linear(inner, *down, x, False), None, *last_norm, eps, kind, hidden[:tokens])
+    x = add_layer_norm(packed_linear(context.reshape(x.shape), *output, x, False), None, *norm, eps, kind)
+    inner = packed_linear(x, *up, None, True)
+    add_layer_norm(packed_linear(inner, *down, x, False), None, *last_norm, eps, kind, hidden[:tokens])

@@ -1,4 +1,4 @@
-"""A linear with weights in the layout of the matrix tiles, in plain PyTorch."""
+"""A linear with packed weights, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def tile_linear(
+def packed_linear(
     x: Tensor,  # [T, K]
-    panels: Tensor,  # [N / 32, K / 32, parts, 2, 16, 16, 2]
+    panels: Tensor,  # [N / 32, K / 32, parts, 2, 32 / of, 16, of]
     bias: Tensor,  # [N]
     residual: Tensor | None,  # [T, N]
     gelu: bool,

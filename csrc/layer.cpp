@@ -1,4 +1,4 @@
-// A whole layer on matrix tiles: its kernels one after the other, on buffers that stay. (Memory that the allocator gave back
+// A whole layer: its kernels one after the other, on buffers that stay. (Memory that the allocator gave back
 // to the system returns page by page, at a tenth of the layer's time.)
 //
 // Where there are tokens enough, each thread takes rows of its own through the whole layer: what one kernel writes, the next
@@ -36,7 +36,7 @@ struct Layer {
     int threads;  // that share a kernel
     double share = static_cast<double>(threads) / a.threads;  // of the time that passes
     int64_t size = a.bf16 ? 2 : 4, dim = a.width / a.heads;
-    int64_t chunk = threads > 1 ? a.inner : tile_chunk(a.inner, a.bf16);  // of the feed-forward's inner activations
+    int64_t chunk = tiles_available() && threads == 1 ? tile_chunk(a.inner, a.bf16) : a.inner;  // of inner activations
 
     // Rows [first, last).
     void run(int64_t first, int64_t last) const {
@@ -63,7 +63,7 @@ struct Layer {
     void linear(const LayerArgs::Linear& of, const void* x, int64_t tokens, int64_t inputs, int64_t outputs,
                 const void* residual, void* out) const {
         const Stopwatch watch{spent.linears, share};
-        tile_linear({x, of.weights, inputs / 32, of.bias, residual, out, tokens, inputs, outputs, inputs, outputs, false,
+        ragged_exit::linear({x, of.weights, inputs / 32, of.bias, residual, out, tokens, inputs, outputs, inputs, outputs, false,
                      a.bf16, threads});
     }
 
@@ -81,31 +81,34 @@ struct Layer {
     }
 
     // A chunk of inner activations is multiplied further before the next is made, and so does not leave the caches. The
-    // sums are those of whole linears, to the bit: tile_linear's chunks.
+    // sums are those of whole linears, to the bit.
     void feed_forward(const void* x, int64_t tokens, void* inner, void* out) const {
         const Stopwatch watch{spent.linears, share};
         const LayerArgs::Linear &up = a.feed_forward_up, &down = a.feed_forward_down;
-        const int64_t per_step = 32 * 32 * (a.bf16 ? 1 : 3);  // numbers of a panel's weights for 32 inputs
+        const auto from = [&](const LayerArgs::Linear& of, int64_t panel_steps, int64_t panel, int64_t step) {
+            return static_cast<const char*>(of.weights) + (panel * panel_steps + step) * linear_step_bytes(a.bf16);
+        };
+        const int64_t up_steps = a.width / 32, down_steps = a.inner / 32;
         for (int64_t at = 0; at < a.inner; at += chunk) {
             const int64_t n = std::min(chunk, a.inner - at);
-            tile_linear({x, up.weights + at / 32 * (a.width / 32) * per_step, a.width / 32, up.bias + at, nullptr, inner,
-                         tokens, a.width, n, a.width, n, true, a.bf16, threads});
-            tile_linear({inner, down.weights + at / 32 * per_step, a.inner / 32, at == 0 ? down.bias : nullptr,
-                         at == 0 ? x : out, out, tokens, n, a.width, n, a.width, false, a.bf16, threads});
+            ragged_exit::linear({x, from(up, up_steps, at / 32, 0), up_steps, up.bias + at, nullptr, inner, tokens, a.width, n,
+                                 a.width, n, true, a.bf16, threads});
+            ragged_exit::linear({inner, from(down, down_steps, 0, at / 32), down_steps, at == 0 ? down.bias : nullptr,
+                                 at == 0 ? x : out, out, tokens, n, a.width, n, a.width, false, a.bf16, threads});
         }
     }
 };
 
 }  // namespace
 
-void tile_layer(const LayerArgs& a) {
+void layer(const LayerArgs& a) {
     const int64_t tokens = a.cu_seqlens[a.rows];
     if (tokens < kLeastTokens * a.threads) {
         Layer{a, a.threads}.run(0, a.rows);
         return;
     }
     const int64_t parts = std::max<int64_t>(1, tokens / (kThreadTokens * a.threads)) * a.threads;
-    const Layer layer{a, 1};
+    const Layer alone{a, 1};
     const auto first_row = [&](int64_t part) {  // the one that begins nearest to an even share
         if (part == parts) return a.rows;
         const int64_t share = tokens * part / parts;
@@ -113,7 +116,7 @@ void tile_layer(const LayerArgs& a) {
         return row > 0 && share - a.cu_seqlens[row - 1] < a.cu_seqlens[row] - share ? row - 1 : row;
     };
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads) if (a.threads > 1)
-    for (int64_t part = 0; part < parts; ++part) layer.run(first_row(part), first_row(part + 1));
+    for (int64_t part = 0; part < parts; ++part) alone.run(first_row(part), first_row(part + 1));
 }
 
 LayerSeconds take_layer_seconds() {

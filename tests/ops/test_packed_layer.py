@@ -1,4 +1,4 @@
-"""tile_layer against float64, and against the single ops to the bit.
+"""packed_layer against float64, and against the single ops to the bit.
 
 Tolerance: error <= 2 x that of the same layer in plain PyTorch in that dtype.
 """
@@ -13,33 +13,30 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import seeds
+from op_cases import PACKED_KERNELS, PACKED_NATIVELY, seeds
 from torch import Tensor
 
 from ragged_exit.ops import (
-    TileLayer,
-    TileNorm,
+    LayerNormWeights,
+    PackedLayer,
     add_layer_norm,
-    pack_tiles,
-    tile_layer,
-    tile_linear,
-    tiles_available,
+    linears_available,
+    pack_linear,
+    packed_layer,
+    packed_linear,
     varlen_attention,
 )
+from ragged_exit.ops.packed_layer import _packed_layer
 from ragged_exit.ops.reference import add_layer_norm as reference_norm
 from ragged_exit.ops.reference import varlen_attention as reference_attention
-from ragged_exit.ops.tile_layer import _tile_layer
 from ragged_exit.testing import assert_error_budget, assert_same_values, seeded
 
-no_tiles = pytest.mark.skipif(not tiles_available(), reason="this processor has no matrix tiles (AMX)")
-KERNELS = ["reference", pytest.param("native", marks=no_tiles)]
-DTYPES = (torch.bfloat16, torch.float32)
 EPS = 1e-6
 Weights = list[tuple[Tensor, Tensor]]
 
 
 def random_weights(width: int, inner: int, dtype: torch.dtype, seed: int) -> Weights:
-    """Linears and norms in a TileLayer's order, as (weight, bias)."""
+    """Linears and norms in a PackedLayer's order, as (weight, bias)."""
     generator = seeded(seed)
 
     def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
@@ -55,10 +52,15 @@ def random_weights(width: int, inner: int, dtype: torch.dtype, seed: int) -> Wei
     ]  # fmt: skip
 
 
-def packed(weights: Weights) -> TileLayer:
+def packed(weights: Weights) -> PackedLayer:
     qkv, output, norm, up, down, last = weights
-    return TileLayer(
-        pack_tiles(*qkv), pack_tiles(*output), TileNorm(*norm), pack_tiles(*up), pack_tiles(*down), TileNorm(*last)
+    return PackedLayer(
+        pack_linear(*qkv),
+        pack_linear(*output),
+        LayerNormWeights(*norm),
+        pack_linear(*up),
+        pack_linear(*down),
+        LayerNormWeights(*last),
     )
 
 
@@ -78,14 +80,13 @@ def packed_rows(lengths: list[int], width: int, dtype: torch.dtype, seed: int, s
     return F.pad(x, (0, 0, 0, spare), value=math.nan), bounds
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "dtype"), PACKED_KERNELS)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
     width=st.sampled_from((32, 64, 96)),
     inner=st.sampled_from((32, 96, 256)),
     heads=st.sampled_from((1, 2, 4)),
     kind=st.sampled_from(("standard", "uer")),
-    dtype=st.sampled_from(DTYPES),
     threads=st.integers(1, 3),
     seed=seeds,
 )
@@ -95,7 +96,7 @@ def test_tile_layer(kernel, lengths, width, inner, heads, kind, dtype, threads, 
     x = hidden[:-3].clone()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    tile_layer(hidden, bounds, packed(weights), heads, EPS, kind, impl=kernel)
+    packed_layer(hidden, bounds, packed(weights), heads, EPS, kind, impl=kernel)
     torch.set_num_threads(before)
     wide = [(weight.double(), bias.double()) for weight, bias in weights]
     oracle = plain(x.double(), bounds, wide, heads, kind)
@@ -103,18 +104,17 @@ def test_tile_layer(kernel, lengths, width, inner, heads, kind, dtype, threads, 
     assert hidden[-3:].isnan().all()
 
 
-def by_single_ops(x: Tensor, bounds: Tensor, layer: TileLayer, heads: int) -> Tensor:
-    q, k, v = tile_linear(x, layer.qkv).view(len(x), 3, heads, -1).unbind(1)
+def by_single_ops(x: Tensor, bounds: Tensor, layer: PackedLayer, heads: int) -> Tensor:
+    q, k, v = packed_linear(x, layer.qkv).view(len(x), 3, heads, -1).unbind(1)
     context = varlen_attention(q, k, v, bounds, int(bounds.diff().max()), 1 / math.sqrt(q.shape[2]))
     x = add_layer_norm(
-        tile_linear(context.view(x.shape), layer.attention_output, residual=x), None, *layer.attention_norm, EPS
+        packed_linear(context.view(x.shape), layer.attention_output, residual=x), None, *layer.attention_norm, EPS
     )
-    inner = tile_linear(x, layer.feed_forward_up, gelu=True)
-    return add_layer_norm(tile_linear(inner, layer.feed_forward_down, residual=x), None, *layer.output_norm, EPS)
+    inner = packed_linear(x, layer.feed_forward_up, gelu=True)
+    return add_layer_norm(packed_linear(inner, layer.feed_forward_down, residual=x), None, *layer.output_norm, EPS)
 
 
-@no_tiles
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", PACKED_NATIVELY)
 @pytest.mark.parametrize(("width", "inner"), [(32, 64), (64, 1056), (32, 1536)])
 def test_the_bits_are_those_of_the_single_ops(width, inner, dtype):
     """Few tokens, whose kernels the threads share; many, of which each takes parts; inner activations in chunks."""
@@ -127,46 +127,43 @@ def test_the_bits_are_those_of_the_single_ops(width, inner, dtype):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             hidden = x.clone()
-            tile_layer(hidden, bounds, layer, 2, EPS)
+            packed_layer(hidden, bounds, layer, 2, EPS)
             assert_same_values(hidden, expected)
     torch.set_num_threads(before)
 
 
-@no_tiles
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", PACKED_NATIVELY)
 def test_rows_that_are_longer_than_a_part_and_rows_without_tokens(dtype):
     """One sequence may be a part alone, and leave others empty."""
     layer = packed(random_weights(32, 64, dtype, 4))
     for lengths in ([0, 3000, 0, 0], [2500, 1, 0, 2600, 0], [0, 0, 1, 4100]):
         hidden, bounds = packed_rows(lengths, 32, dtype, 5)
         expected = by_single_ops(hidden, bounds, layer, 1)
-        tile_layer(hidden, bounds, layer, 1, EPS)
+        packed_layer(hidden, bounds, layer, 1, EPS)
         assert_same_values(hidden, expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "dtype"), PACKED_KERNELS)
 def test_nan_stays_in_its_row(kernel, dtype):
     layer = packed(random_weights(32, 64, dtype, 6))
     hidden, bounds = packed_rows([5, 9, 4], 32, dtype, 7)
     broken = hidden.clone()
     broken[6, 3] = math.nan
     for value in (hidden, broken):
-        tile_layer(value, bounds, layer, 2, EPS, impl=kernel)
+        packed_layer(value, bounds, layer, 2, EPS, impl=kernel)
     assert broken[5:14].isnan().all()
     assert_same_values(broken[:5], hidden[:5])
     assert_same_values(broken[14:], hidden[14:])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "dtype"), PACKED_KERNELS)
 def test_opcheck(kernel, dtype):
     layer = packed(random_weights(32, 64, dtype, 8))
     hidden, bounds = packed_rows([3, 4], 32, dtype, 9)
     tensors = [tensor for pair in layer for tensor in pair]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
     arguments = (hidden, bounds, tensors, 2, EPS, "standard", kernel)
-    assert torch.library.opcheck(_tile_layer, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
+    assert torch.library.opcheck(_packed_layer, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
 
 
 def test_errors_name_the_argument(monkeypatch):
@@ -178,14 +175,14 @@ def test_errors_name_the_argument(monkeypatch):
         error: type[Exception], match: str, hidden=hidden, bounds=bounds, layer=layer, heads=2, kind="standard"
     ):
         with pytest.raises(error, match=match):
-            tile_layer(hidden, bounds, layer, heads, EPS, kind)
+            packed_layer(hidden, bounds, layer, heads, EPS, kind)
 
     refused(ValueError, r"layer: expected qkv .*\[96, 32\], got .*\[32, 32\]", layer=layer._replace(qkv=layer[1]))
-    half = pack_tiles(weights[0][0].bfloat16(), None)
+    half = pack_linear(weights[0][0].bfloat16(), None)
     refused(ValueError, r"layer: expected attention_output torch\.bfloat16", layer=layer._replace(qkv=half))
-    short = TileNorm(torch.ones(31), torch.ones(32))
+    short = LayerNormWeights(torch.ones(31), torch.ones(32))
     refused(ValueError, r"layer: expected norms .*\[32\], got .*\[31\]", layer=layer._replace(attention_norm=short))
-    wide = TileNorm(torch.ones(32).double(), torch.ones(32))
+    wide = LayerNormWeights(torch.ones(32).double(), torch.ones(32))
     refused(ValueError, r"layer: expected norms torch\.float32", layer=layer._replace(attention_norm=wide))
     refused(ValueError, "num_heads: expected a divisor of 32, got 3", heads=3)
     refused(ValueError, "kind: expected one of", kind="rms")
@@ -194,15 +191,15 @@ def test_errors_name_the_argument(monkeypatch):
     refused(ValueError, r"hidden: expected contiguous \[T, 32\]", hidden=torch.empty(7, 64)[:, :32])
     refused(TypeError, r"hidden: expected torch\.float32 as the packed weights", hidden=hidden.bfloat16())
     refused(ValueError, r"cu_seqlens: expected int32 \[B \+ 1\]", bounds=bounds.long())
-    monkeypatch.setattr(sys.modules["ragged_exit.ops.tile_linear"], "tiles_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"no matrix tiles|not built"):
-        tile_layer(hidden, bounds, layer, 2, EPS, impl="native")
+    monkeypatch.setattr(sys.modules["ragged_exit.ops.packed_linear"], "linears_available", lambda dtype: False)
+    with pytest.raises(RuntimeError, match=r"no kernels for torch\.float32 linears|not built"):
+        packed_layer(hidden, bounds, layer, 2, EPS, impl="native")
 
 
-@no_tiles
+@pytest.mark.skipif(not linears_available(torch.float32), reason="no kernels for float32 linears")
 def test_row_ends_past_the_buffer_are_refused():
     layer = packed(random_weights(32, 64, torch.float32, 12))
     hidden, bounds = packed_rows([3, 4], 32, torch.float32, 13)
     for bad in (bounds + 1, torch.tensor([0, 5, 4], dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32)):
         with pytest.raises(ValueError, match="cu_seqlens"):
-            tile_layer(hidden, bad, layer, 2, EPS, impl="native")
+            packed_layer(hidden, bad, layer, 2, EPS, impl="native")

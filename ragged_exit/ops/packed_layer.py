@@ -1,4 +1,4 @@
-"""tile_layer: a whole layer in one call and in place, where all of its linears are on matrix tiles."""
+"""packed_layer: a whole layer in one call and in place, where all of its linears are packed."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ragged_exit.ops.dispatch import implementation
+from ragged_exit.ops.dispatch import implementation, native_available
 from ragged_exit.ops.layer_norm import KINDS
-from ragged_exit.ops.tile_linear import BLOCK, TileWeights, packed_dtype, resolve_tiles, tiles_available
+from ragged_exit.ops.packed_linear import BLOCK, PackedWeights, packed_dtype, resolve_packed
 
 
-class TileNorm(NamedTuple):
+class LayerNormWeights(NamedTuple):
     """weight and bias ``[H]`` of a LayerNorm, in the dtype of the hidden states."""
 
     weight: Tensor
     bias: Tensor
 
 
-class TileLayer(NamedTuple):
+class PackedLayer(NamedTuple):
     """A post-LayerNorm layer of a transformer, packed: linears ``[3 H, H]`` (query, key, value), ``[H, H]``, ``[F, H]``
     and ``[H, F]``, GELU between the last two, and a LayerNorm after each residual sum."""
 
-    qkv: TileWeights
-    attention_output: TileWeights
-    attention_norm: TileNorm
-    feed_forward_up: TileWeights
-    feed_forward_down: TileWeights
-    output_norm: TileNorm
+    qkv: PackedWeights
+    attention_output: PackedWeights
+    attention_norm: LayerNormWeights
+    feed_forward_up: PackedWeights
+    feed_forward_down: PackedWeights
+    output_norm: LayerNormWeights
 
 
-def tile_layer(
+def packed_layer(
     hidden: Tensor,
     cu_seqlens: Tensor,
-    layer: TileLayer,
+    layer: PackedLayer,
     num_heads: int,
     eps: float,
     kind: str = "standard",
@@ -44,11 +44,11 @@ def tile_layer(
     """Run the layer on ``hidden`` ``[Tcap, H]``, in place; tokens past ``cu_seqlens[-1]`` are left alone.
 
     hidden: contiguous, in the dtype of the packed weights. cu_seqlens: int32 ``[Bcap + 1]``. eps, kind: of both norms,
-    as ``add_layer_norm`` takes them. impl: as ``tile_linear`` takes it. "native" gives the bits of the single ops, and
-    a row's do not depend on its neighbours.
+    as ``add_layer_norm`` takes them. impl: as ``packed_linear`` takes it. "native" gives the bits of the single ops,
+    and a row's do not depend on its neighbours.
 
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device; RuntimeError as
-    ``tile_linear``.
+    ``packed_linear``.
     """
     width, inner = len(layer.output_norm.weight), len(layer.feed_forward_up.bias)
     shapes = {
@@ -59,7 +59,7 @@ def tile_layer(
     }
     dtype = packed_dtype(layer.qkv)
     for name, shape in shapes.items():
-        weights: TileWeights = getattr(layer, name)
+        weights: PackedWeights = getattr(layer, name)
         found = tuple(BLOCK * size for size in weights.panels.shape[:2])
         if found != shape or packed_dtype(weights) != dtype:
             raise ValueError(f"layer: expected {name} {dtype} {list(shape)}, got {packed_dtype(weights)} {list(found)}")
@@ -79,20 +79,21 @@ def tile_layer(
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.device != hidden.device:
         raise ValueError(f"cu_seqlens: expected int32 [B + 1] on {hidden.device}, got {cu_seqlens.dtype}")
     tensors = [tensor for pair in layer for tensor in pair]
-    _tile_layer(hidden, cu_seqlens, tensors, num_heads, eps, kind, resolve_tiles(impl, hidden.device))
+    linears = [layer.qkv, layer.attention_output, layer.feed_forward_up, layer.feed_forward_down]
+    _packed_layer(hidden, cu_seqlens, tensors, num_heads, eps, kind, resolve_packed(impl, hidden.device, linears))
 
 
 def take_layer_seconds() -> tuple[float, float, float]:
     """What "native" spent in linears, attention and LayerNorms since this was last asked: for a profile."""
-    if not tiles_available():
+    if not native_available():
         return 0.0, 0.0, 0.0
     from ragged_exit import _native  # type: ignore[attr-defined]
 
     return tuple(_native.take_layer_seconds())  # type: ignore[return-value]
 
 
-@torch.library.custom_op("ragged_exit::tile_layer", mutates_args=("hidden",))
-def _tile_layer(
+@torch.library.custom_op("ragged_exit::packed_layer", mutates_args=("hidden",))
+def _packed_layer(
     hidden: Tensor, cu_seqlens: Tensor, layer: list[Tensor], num_heads: int, eps: float, kind: str, impl: str
 ) -> None:
-    implementation(impl).tile_layer(hidden, cu_seqlens, layer, num_heads, eps, kind)
+    implementation(impl).packed_layer(hidden, cu_seqlens, layer, num_heads, eps, kind)
