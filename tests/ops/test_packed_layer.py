@@ -90,7 +90,7 @@ def packed_rows(lengths: list[int], width: int, dtype: torch.dtype, seed: int, s
     threads=st.integers(1, 3),
     seed=seeds,
 )
-def test_tile_layer(kernel, lengths, width, inner, heads, kind, dtype, threads, seed):
+def test_packed_layer(kernel, lengths, width, inner, heads, kind, dtype, threads, seed):
     weights = random_weights(width, inner, dtype, seed)
     hidden, bounds = packed_rows(lengths, width, dtype, seed, spare=3)
     x = hidden[:-3].clone()

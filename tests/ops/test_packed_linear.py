@@ -72,7 +72,7 @@ def check(
     threads=st.integers(1, 3),
     seed=seeds,
 )
-def test_tile_linear(kernel, tokens, inner, outer, bias, finish, dtype, gain, threads, seed):
+def test_packed_linear(kernel, tokens, inner, outer, bias, finish, dtype, gain, threads, seed):
     x, weight, offset, residual = inputs(tokens, inner, outer, seed, dtype, gain)
     check(x, weight, offset if bias else None, residual, finish, kernel, threads)
 
