@@ -125,7 +125,7 @@ struct DecideArgs {
 struct LinearArgs {
     const void* x;          // T [tokens, inputs], rows `x_stride` apart
     const void* weights;    // panels [outputs / 32, inputs / 32]
-    int64_t panel_steps;    // from one panel to the next: more than there are here for some of the inputs
+    int64_t panel_steps;    // from one panel to the next: more than there are here where x has only some of the inputs
     const float* bias;      // [outputs], or null: 0
     const void* residual;   // T [tokens, outputs], rows `out_stride` apart, or null; may be `out`
     void* out;              // T [tokens, outputs], rows `out_stride` apart
@@ -179,7 +179,7 @@ void plan_survivors(const ExitArgs& args);
 bool linears_available(bool bf16);
 void linear(const LinearArgs& args);
 void bf16_linear(const LinearArgs& args);  // on vectors
-bool bf16_vectors_available();
+bool bf16_vectors_available();             // and chosen
 int64_t linear_step_bytes(bool bf16);  // of a panel's weights for 32 inputs
 
 // Of how many inputs at a time tiles write the sums: of all, or where floats have many, of 384 (tiles_linear_float.inl.h).

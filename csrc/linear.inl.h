@@ -9,7 +9,7 @@ namespace ragged_exit {
 namespace RX_ISA {
 
 constexpr int64_t kLineBytes = 64;          // of 16 outputs' weights for one broadcast number
-constexpr int64_t kChunkSteps = 12;
+constexpr int64_t kChunkSteps = 12;         // of 32 inputs, in one chain of float
 constexpr int64_t kGroupBytes = 256 << 10;  // of weights that serve many tokens in turn: a part of the second-level cache
 constexpr int64_t kItemsPerThread = 4;      // at least, so that an uneven share costs little
 

@@ -15,8 +15,7 @@ namespace ragged_exit {
 
 bool bf16_vectors_available() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    const bool avx512 = std::strcmp(isa(), "avx512") == 0 || std::strcmp(isa(), "amx") == 0;
-    return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+    return std::strcmp(isa(), "avx512") == 0 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
 }
 
 }  // namespace ragged_exit

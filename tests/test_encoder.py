@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_cases import PACKED_NATIVELY
 from tiny import (
     LONGEST,
     VOCAB,
@@ -35,12 +36,6 @@ from ragged_exit.linears import PackedLinear, check_activation, prepacking_avail
 from ragged_exit.ops import linears_available
 from ragged_exit.ops.dispatch import native_available
 
-PACKED = [
-    pytest.param(
-        dtype, marks=pytest.mark.skipif(not linears_available(dtype), reason=f"no kernels for {dtype} linears")
-    )
-    for dtype in (torch.bfloat16, torch.float32)
-]
 CLOSE = {"rtol": 0, "atol": 2e-5}
 MASKS = ("none", "right", "left", "holes")
 
@@ -234,7 +229,7 @@ def test_a_layer_works_in_place_and_leaves_the_rows_of_others_alone(impl: str) -
     assert torch.equal(batch.hidden[batch.tokens :], before[batch.tokens :])
 
 
-@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("dtype", PACKED_NATIVELY)
 def test_a_layer_in_one_call_gives_the_bits_of_its_operations(dtype: torch.dtype) -> None:
     weights = backbone_weights(tiny_backbone(bert_config()))
     encoder = PackedEncoder(weights, impl=None, dtype=dtype, device=torch.device("cpu"))
@@ -413,7 +408,7 @@ def test_packed_linear_is_a_snapshot(path: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("dtype", PACKED_NATIVELY)
 def test_packed_linear_on_own_kernels_is_linear(bias: bool, dtype: torch.dtype) -> None:
     weight, x = (torch.randn(64, 96) / 96**0.5).to(dtype), torch.randn(50, 96).to(dtype)
     offset, residual = torch.randn(64).to(dtype) if bias else None, torch.randn(50, 64).to(dtype)

@@ -6,14 +6,13 @@ import dataclasses
 import os
 from typing import NamedTuple
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops import ExitDecision, exit_decide, exit_step, linears_available
+from ragged_exit.ops import ExitDecision, exit_decide, exit_step
 from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.rules import (
     COMPARISONS,
@@ -49,17 +48,6 @@ INTERPRETED = "triton" in os.environ.get("RAGGED_EXIT_TEST_IMPL", "") and os.env
 MOST_ROWS = 9 if INTERPRETED else 40
 MOST_HIDDEN = 70 if INTERPRETED else 200
 CLASSES = (2, 3, 5, 17, 130) if INTERPRETED else (2, 3, 5, 17, 130, 1025, 2100)
-
-# dtypes of packed weights that this processor has kernels for, and with them every (kernel, dtype)
-PACKED_NATIVELY = [
-    pytest.param(
-        dtype, marks=pytest.mark.skipif(not linears_available(dtype), reason=f"no kernels for {dtype} linears")
-    )
-    for dtype in (torch.bfloat16, torch.float32)
-]
-PACKED_KERNELS = [pytest.param("reference", dtype) for dtype in (torch.bfloat16, torch.float32)] + [
-    pytest.param("native", *param.values, marks=param.marks) for param in PACKED_NATIVELY
-]
 
 seeds = st.integers(0, 2**32 - 1)
 lengths_lists = st.lists(st.integers(1, 24), min_size=1, max_size=MOST_ROWS)

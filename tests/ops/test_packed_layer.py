@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import PACKED_KERNELS, PACKED_NATIVELY, seeds
+from op_cases import seeds
+from packed_cases import PACKED_KERNELS, PACKED_NATIVELY
 from torch import Tensor
 
 from ragged_exit.ops import (
