@@ -132,7 +132,7 @@ ExitArgs exit_args(const ExitInputs& in, const ExitOutputs& out, int64_t rows, i
 
 void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool mean,
                     // pooler, its bias, classifier, bias, uncertainty, bias, projection, bias, prototypes
-                    const std::array<Address, 9>& head, int64_t pooled, int64_t projected, int pooler_layout,
+                    const std::array<Address, 9>& head, int64_t pooled, int64_t projected, bool pooler_packed,
                     const ExitInputs& in, const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score,
                     int compare, float tolerance, float temperature, float lam, bool dr_by_distance, bool final,
                     bool per_row_threshold, bool bf16, int threads) {
@@ -149,7 +149,7 @@ void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool m
     h.classifier = at<void>(head[2]), h.classifier_bias = at<void>(head[3]);
     h.uncertainty = at<void>(head[4]), h.uncertainty_bias = at<void>(head[5]);
     h.projection = at<void>(head[6]), h.projection_bias = at<void>(head[7]), h.prototypes = at<void>(head[8]);
-    h.pooled = pooled, h.projected = projected, h.pooler_layout = static_cast<PoolerLayout>(pooler_layout);
+    h.pooled = pooled, h.projected = projected, h.pooler_packed = pooler_packed;
     kernels().exit_step(h, a);
 }
 

@@ -22,7 +22,7 @@ struct Arena {
     }
 };
 
-RX_INLINE bool on_tiles(const HeadArgs& h) { return h.pooler && h.pooler_layout == PoolerLayout::tiles; }
+RX_INLINE bool packed_pooler(const HeadArgs& h) { return h.pooler && h.pooler_packed; }
 
 struct ExitScratch {
     const float** rows;         // [n] the pooled hidden rows; a pointer takes the room of two floats
@@ -42,8 +42,8 @@ struct ExitScratch {
         const bool measures = a.score == Score::distance_entropy, wide = a.classes > kNarrow;
         Arena arena{memory};
         rows = reinterpret_cast<const float**>(arena.take(n * 2));
-        pooled_hidden = arena.take(a.bf16 || h.mean || on_tiles(h) ? n * h.width : 0);
-        hidden_tiles = arena.take((h.pooler && !on_tiles(h)) || measures ? Tiles::floats(n, h.width) : 0);
+        pooled_hidden = arena.take(a.bf16 || h.mean || packed_pooler(h) ? n * h.width : 0);
+        hidden_tiles = arena.take((h.pooler && !packed_pooler(h)) || measures ? Tiles::floats(n, h.width) : 0);
         pooled = arena.take(h.pooler ? n * h.pooled : 0);
         pooled_tiles = arena.take(wide ? Tiles::floats(n, h.pooled) : 0);
         projected = arena.take(measures ? n * h.projected : 0);
@@ -60,7 +60,7 @@ struct ExitScratch {
 template <typename T>
 RX_INLINE const float* pool_row(const HeadArgs& h, const T* hidden, int64_t tokens, float* target) {
     if constexpr (std::is_same_v<T, float>) {
-        if (!h.mean && !on_tiles(h)) return hidden;
+        if (!h.mean && !packed_pooler(h)) return hidden;
     }
     const int64_t used = h.mean ? tokens : 1;
     const Vec count = set1(static_cast<float>(used));
@@ -86,13 +86,13 @@ RX_INLINE const float* pool_row(const HeadArgs& h, const T* hidden, int64_t toke
 
 // pooled [n][pooled] = tanh(hidden weight^T + bias), hidden [n][width]; each thread its own outputs.
 template <typename T>
-void pool_on_tiles(const Team& team, const HeadArgs& h, const float* hidden, int64_t n, float* pooled) {
+void pool_packed(const Team& team, const HeadArgs& h, const float* hidden, int64_t n, float* pooled) {
     const int64_t first = team.begin(h.pooled / 32), count = team.end(h.pooled / 32) - first, steps = h.width / 32;
     if (count == 0) return;
-    const Bf16* weights = static_cast<const Bf16*>(h.pooler) + first * steps * (3 * 32 * 32);  // in three parts
+    const char* weights = static_cast<const char*>(h.pooler) + first * steps * linear_step_bytes(false);
     const T* bias = static_cast<const T*>(h.pooler_bias);
     float* out = pooled + first * 32;
-    tile_linear({hidden, weights, steps, nullptr, nullptr, out, n, h.width, count * 32, h.width, h.pooled, false, false, 1});
+    linear({hidden, weights, steps, nullptr, nullptr, out, n, h.width, count * 32, h.width, h.pooled, false, false, 1});
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < count * 32; j += kWidth) {
             float* place = out + i * h.pooled + j;
@@ -115,15 +115,14 @@ template <typename T>
 void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t first, int64_t n, const ExitScratch& s) {
     const T* hidden = static_cast<const T*>(h.hidden);
     const bool measures = a.score == Score::distance_entropy, wide = a.classes > kNarrow;
-    const Linear<T> pooler{static_cast<const T*>(h.pooler), static_cast<const T*>(h.pooler_bias), h.pooled, h.width,
-                           h.pooler_layout == PoolerLayout::panels};
+    const Linear<T> pooler{static_cast<const T*>(h.pooler), static_cast<const T*>(h.pooler_bias), h.pooled, h.width};
     const Linear<T> projection{static_cast<const T*>(h.projection), static_cast<const T*>(h.projection_bias),
-                               h.projected, h.width, false};
+                               h.projected, h.width};
     const Linear<T> classifier{static_cast<const T*>(h.classifier), static_cast<const T*>(h.classifier_bias), a.classes,
-                               h.pooled, false};
-    const Linear<T> prototypes{static_cast<const T*>(h.prototypes), nullptr, a.classes, h.projected, false};
+                               h.pooled};
+    const Linear<T> prototypes{static_cast<const T*>(h.prototypes), nullptr, a.classes, h.projected};
     const Linear<T> uncertainty{static_cast<const T*>(h.uncertainty), static_cast<const T*>(h.uncertainty_bias), 1,
-                                h.pooled, false};
+                                h.pooled};
     float* panel = s.panels + team.id * s.panel_floats;
     float* logits = a.logits + first * a.classes;
 
@@ -134,7 +133,7 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
             const int64_t token = a.cu_seqlens[first + i], tokens = a.cu_seqlens[first + i + 1] - token;
             s.rows[i] = pool_row(h, hidden + token * h.hidden_stride, tokens, s.pooled_hidden + i * h.width);
         }
-        if ((h.pooler && !on_tiles(h)) || measures) {
+        if ((h.pooler && !packed_pooler(h)) || measures) {
             transpose_rows([&](int64_t i) { return s.rows[begin + i]; }, end - begin, h.width, hidden_tiles.tile(tile),
                            kTileStride);
         }
@@ -146,8 +145,8 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
         }
     }
 #pragma omp barrier
-    if (on_tiles(h)) {
-        pool_on_tiles<T>(team, h, s.pooled_hidden, n, s.pooled);
+    if (packed_pooler(h)) {
+        pool_packed<T>(team, h, s.pooled_hidden, n, s.pooled);
     } else if (h.pooler) {
         gemm(team, hidden_tiles, pooler, true, s.pooled, h.pooled, panel);
     }

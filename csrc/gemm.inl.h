@@ -7,7 +7,7 @@
 namespace ragged_exit {
 namespace RX_ISA {
 
-constexpr int kPanel = 32;                                      // outputs in a panel; ops/native.py packs the same
+constexpr int kPanel = 32;                                      // outputs in a panel
 constexpr int kTileStride = (kGemmRows + kWidth - 1) / kWidth * kWidth;  // floats per k in a packed tile
 constexpr int64_t kNarrow = 16;                                 // up to so many outputs, dot products win
 
@@ -22,10 +22,9 @@ struct Team {
 
 template <typename T>
 struct Linear {
-    const T* weight;  // [outputs, inputs], or panels [ceil(outputs / kPanel), inputs, kPanel] where packed
+    const T* weight;  // [outputs, inputs]
     const T* bias;    // [outputs], or null
     int64_t outputs, inputs;
-    bool packed;
 };
 
 struct Tiles {
@@ -94,38 +93,24 @@ RX_INLINE GemmTile gemm_tile_of(int64_t rows) {
     }
 }
 
-// A panel as floats [inputs][kPanel]: where it lies, or made in scratch.
-template <typename T>
-const float* panel_of(const Linear<T>& linear, int64_t first, int64_t columns, float* scratch) {
-    const T* weight = linear.weight + first * linear.inputs;
-    if (!linear.packed) {
-        transpose_rows([&](int64_t i) { return weight + i * linear.inputs; }, columns, linear.inputs, scratch, kPanel);
-        return scratch;
-    }
-    if constexpr (std::is_same_v<T, float>) {
-        return weight;
-    } else {
-        for (int64_t i = 0; i < linear.inputs * kPanel; i += kWidth) store(scratch + i, load(weight + i));
-        return scratch;
-    }
-}
-
 // out [rows][stride] = rows weight^T + bias, tanh of it where `squash`. `scratch` [inputs][kPanel] is this thread's own.
 template <typename T>
 void gemm(const Team& team, const Tiles& tiles, const Linear<T>& linear, bool squash, float* out, int64_t stride,
           float* scratch) {
     const int64_t panels = (linear.outputs + kPanel - 1) / kPanel, work = panels * tiles.count;
-    const float* weights = nullptr;
+    bool fresh = true;
     float bias[kPanel];
     for (int64_t item = team.begin(work); item < team.end(work); ++item) {
         const int64_t first = item / tiles.count * kPanel, tile = item % tiles.count;
         const int64_t columns = smaller(kPanel, linear.outputs - first);
-        if (tile == 0 || weights == nullptr) {
-            weights = panel_of(linear, first, columns, scratch);
+        if (tile == 0 || fresh) {
+            fresh = false;
+            const T* weight = linear.weight + first * linear.inputs;
+            transpose_rows([&](int64_t i) { return weight + i * linear.inputs; }, columns, linear.inputs, scratch, kPanel);
             for (int64_t i = 0; i < kPanel; ++i) bias[i] = linear.bias && i < columns ? scalar(linear.bias[first + i]) : 0.0f;
         }
         const int64_t row = tiles.first_row(tile), rows = tiles.first_row(tile + 1) - row;
-        gemm_tile_of(rows)(tiles.tile(tile), weights, bias, linear.inputs, columns, squash, out + row * stride + first,
+        gemm_tile_of(rows)(tiles.tile(tile), scratch, bias, linear.inputs, columns, squash, out + row * stride + first,
                            stride);
     }
 }

@@ -91,15 +91,12 @@ struct ExitArgs {
     int threads;
 };
 
-// How a pooler's weights lie: as they are, in panels (gemm.inl.h), or for float products on matrix tiles (LinearArgs).
-enum class PoolerLayout { rows, panels, tiles };
-
-// Weights are T, but for a pooler on tiles; a null pointer is an absent tensor.
+// Weights are T, but for a packed pooler; a null pointer is an absent tensor.
 struct HeadArgs {
     const void* hidden;  // T [tokens, width], rows `hidden_stride` apart
     int64_t hidden_stride, width;
     bool mean;                      // pool the mean of a row's tokens, else its first token
-    const void* pooler;             // [pooled, width]; panels [ceil(pooled / 32), width, 32]; or tiles
+    const void* pooler;             // [pooled, width], or packed as a linear's in float (LinearArgs)
     const void* pooler_bias;        // [pooled]
     const void* classifier;         // [classes, pooled]
     const void* classifier_bias;    // [classes]
@@ -109,7 +106,7 @@ struct HeadArgs {
     const void* projection_bias;    // [projected]
     const void* prototypes;         // [classes, projected]
     int64_t pooled, projected;
-    PoolerLayout pooler_layout;
+    bool pooler_packed;
 };
 
 struct DecideArgs {

@@ -13,7 +13,7 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
-from ragged_exit.ops.packed_linear import fits_packing, pack_linear, tiles_available
+from ragged_exit.ops.packed_linear import fits_packing, linears_available, pack_linear
 from ragged_exit.rules import ExitRule, ScoreSpec
 
 
@@ -91,18 +91,15 @@ def exit_step(
 
 
 def packed_for(impl: str | None, head: MlpHead) -> MlpHead:
-    """``head`` as ``impl`` reads it fastest: "native" has layouts of its own for a pooler in float32 or bfloat16.
+    """``head`` as ``impl`` reads it fastest: for "native" with its pooler packed, where there are kernels for that.
 
-    For matrix tiles, where there are any, as a float32 one: rows are pooled and multiplied in float32; else in panels.
+    In float32 whatever the dtype: so rows are pooled and multiplied.
     """
     weight = head.pooler_weight
-    if weight is None or resolve_impl(impl, weight.device) != "native":
+    native = weight is not None and resolve_impl(impl, weight.device) == "native"
+    if weight is None or not native or not linears_available(torch.float32) or not fits_packing(weight):
         return head
-    if tiles_available() and fits_packing(weight):
-        return dataclasses.replace(head, packed_pooler=pack_linear(weight.float(), None, tiles=True).panels)
-    from ragged_exit.ops.native import pack_panels
-
-    return dataclasses.replace(head, packed_pooler=pack_panels(weight))
+    return dataclasses.replace(head, packed_pooler=pack_linear(weight.float(), None).panels)
 
 
 @torch.library.custom_op("ragged_exit::exit_step", mutates_args=())

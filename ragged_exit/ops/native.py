@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
@@ -17,18 +16,12 @@ from ragged_exit.heads import MlpHead
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
-_PANEL = 32  # outputs in a panel of packed weights: kPanel in csrc/gemm.inl.h
-_BLOCK, _FLOAT_TILES = 32, (3, 2, 16, 16, 2)  # of a float32 weight that is packed for tiles: ops.PackedWeights
+_BLOCK = 32
+# of a float32 linear's packed weights, a step of 32 inputs and its dtype: PackedWeights
+_STEP = ((3, 2, 16, 16, 2), torch.bfloat16) if _native.tiles_available else ((1, 2, 32, 16, 1), torch.float32)
 _SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
 _INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
-
-
-def pack_panels(weight: Tensor) -> Tensor:
-    """``weight [P, H]`` in panels ``[ceil(P / 32), H, 32]``, zero past P."""
-    _check_dtype(weight)
-    padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % _PANEL))
-    return padded.view(-1, _PANEL, weight.shape[1]).transpose(1, 2).contiguous()
 
 
 def varlen_attention(
@@ -189,7 +182,7 @@ def exit_step(
     is_bf16 = _check_dtype(hidden)
     hidden = _rows(hidden)
     classes, pooled = head.classifier_weight.shape
-    layout = _check_pooler(head, pooled, hidden)
+    _check_pooler(head, pooled, hidden)
     weights = [
         None if weight is None else weight.contiguous()
         for weight in (
@@ -216,7 +209,7 @@ def exit_step(
         _addresses(weights),
         pooled,
         0 if head.prototype_weight is None else head.prototype_weight.shape[0],
-        layout,
+        head.packed_pooler is not None,
         _addresses(inputs),
         _addresses(outputs),
         cu_seqlens.shape[0] - 1,
@@ -292,22 +285,18 @@ def compact(
     )
 
 
-def _check_pooler(head: MlpHead, pooled: int, hidden: Tensor) -> int:
-    """Its layout: enum PoolerLayout in csrc/kernels.h."""
+def _check_pooler(head: MlpHead, pooled: int, hidden: Tensor) -> None:
     packed, width = head.packed_pooler, hidden.shape[1]
     if packed is None:
         if head.pooler_weight is not None and head.pooler_weight.dtype != hidden.dtype:
             raise TypeError(
                 f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {head.pooler_weight.dtype}"
             )
-        return 0
-    if packed.shape == (-(-pooled // _PANEL), width, _PANEL) and packed.dtype == hidden.dtype:
-        return 1
+        return
     whole = pooled % _BLOCK == 0 and width % _BLOCK == 0
-    tiles = (pooled // _BLOCK, width // _BLOCK, *_FLOAT_TILES)
-    if whole and packed.shape == tiles and packed.dtype == torch.bfloat16 and _native.tiles_available:
-        return 2
-    raise ValueError(f"packed_pooler: expected what packed_for makes, got {packed.dtype} {list(packed.shape)}")
+    shape = (pooled // _BLOCK, width // _BLOCK, *_STEP[0])
+    if not (whole and packed.shape == shape and packed.dtype == _STEP[1] and _native.linears_available[0]):
+        raise ValueError(f"packed_pooler: expected what packed_for makes, got {packed.dtype} {list(packed.shape)}")
 
 
 def _check_dtype(value: Tensor) -> bool:

@@ -57,7 +57,6 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         lambda: native.exit_decide(
             x[:1], None, cu_seqlens, live, None, None, torch.tensor([0.5]), Entropy(0.5).spec, False
         ),
-        lambda: native.pack_panels(x),
     )
     for call in calls:
         with pytest.raises(TypeError, match=f"native: expected float32 or bfloat16, got {dtype}"):
@@ -109,11 +108,11 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     with pytest.raises(TypeError, match="head: expected weights in the dtype of hidden"):
         native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head, *arguments)
-    head = native_cases.head(32, 40, 3, torch.float32)  # 40 outputs do not fit tiles: those of 32 would leave 8 unset
-    for packed in (
-        native.pack_panels(torch.zeros(32, 40)),
-        native.pack_panels(torch.zeros(40, 32).bfloat16()),
-        pack_linear(torch.zeros(32, 32), None, tiles=True).panels,
+    head = native_cases.head(32, 40, 3, torch.float32)
+    for packed in (  # panels are of 32 outputs: one would leave 8 of 40 unset
+        pack_linear(torch.zeros(32, 32), None).panels,
+        pack_linear(torch.zeros(64, 32), None).panels.double(),
+        torch.zeros(40, 32),
     ):
         with pytest.raises(ValueError, match="packed_pooler: expected what packed_for makes"):
             native.exit_step(torch.zeros(3, 32), cu_seqlens, live, replace(head, packed_pooler=packed), *arguments)
