@@ -40,8 +40,8 @@ def accelerate(
     replaces it. impl: "auto", "reference", "native" or "triton". dtype and device default to the model's. The result
     holds a snapshot of the weights; ``refresh()`` reads them again. Nothing is patched.
 
-    Raises TypeError when ``model`` is no early-exit model; ValueError for a field that the rule does not have, or
-    thresholds of another number than exits.
+    Raises TypeError when ``model`` is no early-exit model or ``rule`` no rule; ValueError for a field that the rule
+    does not have, thresholds of another number than exits, or a dtype that the device cannot run.
     """
     if not isinstance(model, EarlyExitModel):
         raise TypeError(f"model: expected an early-exit model of ragged_exit, got {type(model).__name__}")
@@ -54,11 +54,13 @@ def accelerate(
         rule = with_fields(model.rule, changes)
     elif changes:
         raise ValueError(f"rule: give either a rule or {sorted(changes)}, not both")
+    elif not isinstance(rule, ExitRule):
+        raise TypeError(f"rule: expected an ExitRule, got {type(rule).__name__}")
     model.check_rule(rule)
     device = model.device if device is None else torch.device(device)
     dtype = model.dtype if dtype is None else dtype
-    if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: expected float32 or bfloat16 on a CPU, got {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16) and (device.type == "cpu" or dtype != torch.float16):
+        raise ValueError(f"dtype: expected float32, bfloat16 or, on a GPU, float16, got {dtype}")
     return AcceleratedModel(model, rule, resolve_impl(impl, device), dtype, device)
 
 

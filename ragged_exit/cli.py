@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Early-exit encoders that are fast in batches.")
+MAX_LENGTH_HELP = "tokens a row, at most (default: as in training, else 512)"
 console = Console(width=None if sys.stdout.isatty() else 120)  # a file or a pipe has no width of its own
 
 
@@ -27,6 +31,18 @@ class DType(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+@contextmanager
+def clear_errors(extra: str) -> Iterator[None]:
+    """What the user can mend is told in a line. extra: what the command needs to be installed besides the package."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False)
+        if isinstance(error, ImportError):
+            console.print(f"this command needs: pip install 'ragged-exit[{extra}]'", markup=False, highlight=False)
+        raise typer.Exit(2) from error
 
 
 @app.callback()
@@ -49,11 +65,11 @@ def bench(
     """Score real text against padded batching; answers are compared before anything is timed."""
     import torch  # here, so that --help answers at once
 
-    from ragged_exit.bench.default import prepare, run_bench
-    from ragged_exit.bench.environment import one_process_for_all
+    with clear_errors("bench"):
+        from ragged_exit.bench.default import prepare, run_bench
+        from ragged_exit.bench.environment import one_process_for_all
 
-    one_process_for_all(threads)
-    try:
+        one_process_for_all(threads)
         with console.status("preparing") as status:
 
             def say(line: str) -> None:
@@ -70,14 +86,11 @@ def bench(
                 repeats=repeats,
                 say=say,
             )
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
-    report.print(console)
-    for path, write in ((json, report.write_json), (plot, report.plot)):
-        if path is not None:
-            write(path)
-            console.print(f"wrote {path}")
+        report.print(console)
+        for path, write in ((json, report.write_json), (plot, report.plot)):
+            if path is not None:
+                write(path)
+                console.print(f"wrote {path}")
 
 
 @app.command()
@@ -102,12 +115,12 @@ def fit(
     """Train an early-exit system on labelled text by its paper's recipe, and say how good each exit is."""
     import torch  # here, so that --help answers at once
 
-    from ragged_exit.calibration.exits import exit_qualities
-    from ragged_exit.training.job import run_fit
-
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
+    with clear_errors("train"):
+        from ragged_exit.calibration.exits import exit_qualities
+        from ragged_exit.training.job import run_fit
+
         fitted = run_fit(
             system,
             model,
@@ -127,9 +140,6 @@ def fit(
             say=lambda line: console.print(line, style="dim", highlight=False),
         )
         exits = exit_qualities(*fitted)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     table = Table("member", "layer", "layers run", *exits[0].metrics, title=f"{system} on validation rows, by exit")
     for exit_ in exits:
         figures = (f"{value:.4f}" for value in exit_.metrics.values())
@@ -151,7 +161,7 @@ def score(
     text: Annotated[str, typer.Option(help="column of the texts")] = "text",
     text2: Annotated[str | None, typer.Option(help="column of the second texts of pairs")] = None,
     dtype: Annotated[DType, typer.Option(help="fp32 or bf16")] = DType.fp32,
-    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 512,
+    max_length: Annotated[int | None, typer.Option(min=2, help=MAX_LENGTH_HELP)] = None,
     token_budget: Annotated[int, typer.Option(min=1, help="tokens a batch")] = 8192,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (ray: a worker; default 1)")] = None,
     workers: Annotated[int, typer.Option(min=1, help="ray: workers")] = 2,
@@ -165,7 +175,7 @@ def score(
     from ragged_exit.integrations.score import score_file, score_locally
     from ragged_exit.integrations.scorer import ScoreOptions
 
-    try:
+    with clear_errors("ray"):
         if engine is EngineName.ray:
             from ragged_exit.integrations.ray_engine import ray_engine
 
@@ -186,9 +196,6 @@ def score(
                 engine=run,
                 on_rows=lambda done, total: progress.update(task, completed=done, total=total),
             )
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     console.print(f"wrote {scored.rows:,} rows to {out}, {scored.errors:,} of them with an error", highlight=False)
 
 
@@ -203,18 +210,15 @@ def calibrate(
     speedup: Annotated[
         float | None, typer.Option(help="instead: run 1 / SPEEDUP of the layers, whatever it costs")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
+    max_length: Annotated[int | None, typer.Option(min=2, help=MAX_LENGTH_HELP)] = None,
 ) -> None:
     """Choose the threshold: the loosest with a guarantee on lost answers, or the one for a speed-up."""
-    from ragged_exit.calibration.job import run_calibrate
+    with clear_errors("train"):
+        from ragged_exit.calibration.job import run_calibrate
 
-    try:
         found = run_calibrate(
             model, data, max_loss=max_loss, confidence=confidence, speedup=speedup, max_length=max_length
         )
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     console.print(f"{found.rule}: {found.verdict}", highlight=False)
     console.print(f"wrote {model / 'config.json'}")
 
@@ -223,19 +227,16 @@ def calibrate(
 def inspect(
     model: Annotated[Path, typer.Argument(help="early-exit checkpoint, ours or a published one")],
     data: Annotated[Path | None, typer.Argument(help="texts: where their rows leave")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
+    max_length: Annotated[int | None, typer.Option(min=2, help=MAX_LENGTH_HELP)] = None,
 ) -> None:
     """Say what a checkpoint is and, with data, at which exits the rows leave."""
-    from ragged_exit.calibration.exits import exit_counts
-    from ragged_exit.calibration.job import read_examples
-    from ragged_exit.models.loading import load
+    with clear_errors("train"):
+        from ragged_exit.calibration.exits import exit_counts
+        from ragged_exit.calibration.job import read_examples
+        from ragged_exit.models.loading import load
 
-    try:
         loaded = load(model)
         counts = exit_counts(loaded, read_examples(model, data, max_length)) if data is not None else []
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     config = loaded.config
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     facts = {

@@ -32,7 +32,7 @@ class PackedEncoder:
 
     A backbone without token types (DistilBERT) ignores them, as its Hugging Face model does.
 
-    impl: as every op takes it. dtype: float32 or bfloat16 on a CPU, any floating dtype on a GPU.
+    impl: as every op takes it. dtype: float32, bfloat16 or, on a GPU, float16.
     """
 
     def __init__(self, weights: BackboneWeights, *, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:

@@ -52,8 +52,14 @@ class Examples:
         return labels
 
 
-def tokenise(tokenizer: Any, data: TextData, *, max_length: int = 128) -> Examples:
-    """Text or text pairs as the model reads them, cut at ``max_length`` tokens."""
-    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=max_length)
+def tokenise(tokenizer: Any, data: TextData, *, max_length: int | None = None) -> Examples:
+    """Text or text pairs as the model reads them, cut at ``max_length`` tokens; see ``token_limit``."""
+    limit = token_limit(tokenizer, max_length)
+    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=limit)
     types = encoded.get("token_type_ids") if data.text_pairs is not None else None
     return Examples(encoded["input_ids"], data.labels, types)
+
+
+def token_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Where texts are cut: by default where they were in training, as ``fit`` tells the tokenizer, and at 512."""
+    return min(512, tokenizer.model_max_length) if max_length is None else max_length

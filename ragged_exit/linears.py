@@ -81,7 +81,7 @@ class PackedLinear:
         if activation is not None and activation not in _FUSED[self.kind]:
             return _ACTIVATIONS[activation](self(x))
         if self.packed is not None:
-            return packed_linear(x, self.packed, gelu=activation is not None)
+            return packed_linear(x, self.packed, gelu=activation is not None, impl="native")
         if self.kind == "onednn":
             attr, algorithm = ("none", "") if activation is None else _FUSED["onednn"][activation]
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
@@ -93,7 +93,7 @@ class PackedLinear:
         On a CPU the residual is added with the products; elsewhere the LayerNorm kernel that follows adds it for free.
         """
         if self.packed is not None:
-            return packed_linear(x, self.packed, residual=residual), None
+            return packed_linear(x, self.packed, residual=residual, impl="native"), None
         if self.kind == "onednn":
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add"), None
         return F.linear(x, self.weight, self.bias), residual

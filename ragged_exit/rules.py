@@ -39,9 +39,15 @@ class ScoreSpec(NamedTuple):
     dr_order: str = "prob"
 
 
-def _numbers(value: object) -> list[float]:
+def _numbers(name: str, value: object) -> list[float]:
     items = list(value) if isinstance(value, list | tuple) else [value]
-    return [float(item) for item in items]  # type: ignore[arg-type]
+    try:
+        numbers = [float(item) for item in items if not isinstance(item, str)]  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != len(items):
+        raise TypeError(f"{name}: expected a number or a sequence of one number per exit, got {value!r}")
+    return numbers
 
 
 class ExitRule:
@@ -57,14 +63,16 @@ class ExitRule:
     needs: ClassVar[str] = ""  # what the head must offer besides logits: "", "uncertainty" or "prototypes"
     min_labels: ClassVar[int] = 1  # 2 where the score of a single output says nothing
     learns: ClassVar[bool] = False  # whether to call ``learn``
+    threshold_name: ClassVar[str] = "threshold"  # as the user set it
 
     def __post_init__(self) -> None:
         if self.compare not in COMPARISONS:
             raise ValueError(f"compare: expected one of {COMPARISONS}, got {self.compare!r}")
-        if not _numbers(self.threshold):
-            raise ValueError("threshold: expected a number or one number per exit, got an empty sequence")
-        if any(math.isnan(value) for value in _numbers(self.threshold)):
-            raise ValueError(f"threshold: expected numbers, got NaN in {self.threshold!r}")
+        numbers = _numbers(self.threshold_name, self.threshold)
+        if not numbers:
+            raise ValueError(f"{self.threshold_name}: expected a number or one number per exit, got an empty sequence")
+        if any(math.isnan(value) for value in numbers):
+            raise ValueError(f"{self.threshold_name}: expected numbers, got NaN in {self.threshold!r}")
 
     @property
     def spec(self) -> ScoreSpec:
@@ -74,7 +82,9 @@ class ExitRule:
     def check(self, num_exits: int) -> None:
         """Raise ``ValueError`` when a per-exit threshold does not have ``num_exits`` entries."""
         if isinstance(self.threshold, Sequence) and len(self.threshold) != num_exits:
-            raise ValueError(f"threshold: expected one number or {num_exits} (one per exit), got {len(self.threshold)}")
+            raise ValueError(
+                f"{self.threshold_name}: expected one number or {num_exits} (one per exit), got {len(self.threshold)}"
+            )
 
     def check_labels(self, num_labels: int) -> None:
         """Raise ``ValueError`` when the rule can decide nothing from ``num_labels`` outputs."""
@@ -196,10 +206,11 @@ class _Counting(ExitRule):
     tolerance: float = 0.0
     compare: ClassVar[str] = ">="  # type: ignore[misc]  # the counter grows by one, so >= is the papers' ==
     score: ClassVar[str]
+    threshold_name: ClassVar[str] = "patience"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(value < 0 or value != int(value) for value in _numbers(self.patience)):
+        if any(value < 0 or not value.is_integer() for value in _numbers("patience", self.patience)):
             raise ValueError(f"patience: expected whole numbers >= 0, got {self.patience!r}")
         if math.isnan(self.tolerance):
             raise ValueError("tolerance: expected a number, got NaN")

@@ -255,9 +255,15 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type, message: str
         ({"patience": 3}, ValueError, "patience: the rule Entropy has no such field; it has .*threshold"),
         ({"tolerance": 0.1}, ValueError, "tolerance: the rule Entropy has no such field"),
         ({"rule": rx.MaxProb(0.9), "threshold": 0.1}, ValueError, "rule: give either a rule or .*threshold"),
-        ({"dtype": torch.float16}, ValueError, r"dtype: expected float32 or bfloat16 on a CPU, got torch\.float16"),
-        ({"dtype": torch.float64}, ValueError, "dtype: expected float32 or bfloat16"),
-        ({"dtype": torch.int64}, ValueError, "dtype: expected float32 or bfloat16"),
+        ({"rule": 0.1}, TypeError, "rule: expected an ExitRule, got float"),
+        ({"threshold": "0.1"}, TypeError, "threshold: expected a number or a sequence .* got '0.1'"),
+        (
+            {"dtype": torch.float16},
+            ValueError,
+            r"dtype: .* on a GPU, float16, got torch\.float16",
+        ),
+        ({"dtype": torch.float64}, ValueError, "dtype: expected float32, bfloat16 or"),
+        ({"dtype": torch.int64}, ValueError, "dtype: expected float32, bfloat16 or"),
     ],
     ids=str,
 )

@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cli_cases import save_encoder, save_reviews
+from safetensors.torch import load_file, save_file
+from tiny import randomise
+from transformers import AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
+import ragged_exit as rx
 from ragged_exit.bench import default
+from ragged_exit.bench.compare import compare
 from ragged_exit.cli import app
+from ragged_exit.models.loading import is_early_exit
 
 
 @pytest.fixture
@@ -80,6 +87,46 @@ def test_bench_on_pairs_keeps_token_types(encoder, reviews, tmp_path, monkeypatc
     assert code == 0, output
     assert len(read) == 3 and all(types[-3:] == [1, 1, 1] and types[0] == 0 for part in read for types in part)
     assert all(contender["decisions_match"] for contender in json.loads(report.read_text())["contenders"])
+
+
+def own_checkpoint(folder: Path, rule: rx.ExitRule) -> Path:
+    """A DeeBERT with random heads and its tokenizer."""
+    encoder = save_encoder(folder.with_name("encoder"))
+    randomise(rx.DeeBert.from_backbone(encoder, num_labels=2, rule=rule)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("rule", [rx.MaxProb(0.9), rx.Entropy(0.1, dialect="normalised", compare="<=")], ids=str)
+def test_bench_runs_a_checkpoint_under_its_own_rule(rule, reviews, tmp_path, monkeypatch):
+    used = []
+
+    def spy(title, model, rule, *arguments, **options):
+        used.append(rule)
+        return compare(title, model, rule, *arguments, **options)
+
+    monkeypatch.setattr(default, "compare", spy)
+    report = tmp_path / "r.json"
+    model = own_checkpoint(tmp_path / "model", rule)
+    code, output = run("--model", model, "--data", reviews, "--repeats", 1, "--json", report)
+    assert code == 0, output
+    assert "fitting heads" not in output and used == [rule.with_threshold(used[0].threshold)]
+    assert all(contender["decisions_match"] for contender in json.loads(report.read_text())["contenders"])
+
+
+def test_bench_takes_the_heads_of_a_published_checkpoint(tmp_path):
+    bert = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=30)
+    BertModel(bert).save_pretrained(tmp_path)
+    assert not is_early_exit(tmp_path) and not is_early_exit("an/id")
+    state = load_file(tmp_path / "model.safetensors")
+    state["bert.encoder.highway.0.pooler.dense.weight"] = torch.zeros(32, 32)
+    save_file(state, tmp_path / "model.safetensors")
+    assert is_early_exit(tmp_path)
+
+
+def test_bench_refuses_a_rule_that_counts(reviews, tmp_path):
+    code, output = run("--model", own_checkpoint(tmp_path / "model", rx.Patience(1)), "--data", reviews)
+    assert code == 2 and "model: expected a rule that counts nothing" in output
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import one_thread  # noqa: F401  (autouse)
 from typer.testing import CliRunner
 
 import ragged_exit as rx
+from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.cli import app
 
 
@@ -54,6 +56,43 @@ def test_what_cannot_be_promised_changes_nothing(checkpoint, data):
     code, output = run("calibrate", checkpoint, data, "--max-loss", 0.001)
     assert code == 2 and "error max_loss" in output
     assert (checkpoint / "config.json").read_text() == before
+
+
+def test_a_published_checkpoint_is_refused_before_anything_runs(checkpoint, data, monkeypatch):
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["early_exit"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("ragged_exit.calibration.job.exit_table", None)
+    code, output = run("calibrate", checkpoint, data)
+    assert code == 2 and "is a published checkpoint" in output
+
+
+def test_texts_are_cut_where_the_tokenizer_says(checkpoint, data, monkeypatch):
+    seen = []
+
+    def spy(fast, sequences, types):
+        seen.append(max(map(len, sequences)))
+        return exit_table(fast, sequences, types)
+
+    monkeypatch.setattr("ragged_exit.calibration.job.exit_table", spy)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 5}))
+    run("calibrate", checkpoint, data, "--speedup", 1.5)
+    run("calibrate", checkpoint, data, "--speedup", 1.5, "--max-length", 7)
+    assert seen == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("command", "broken", "extra"),
+    [
+        ("calibrate", "ragged_exit.calibration.job", "ragged-exit[train]"),
+        ("inspect", "ragged_exit.calibration.exits", "ragged-exit[train]"),
+    ],
+)
+def test_a_missing_extra_is_named(command, broken, extra, checkpoint, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, broken, None)  # importing it raises ImportError
+    code, output = run(command, checkpoint, data)
+    assert code == 2 and f"pip install '{extra}'" in output
 
 
 def test_inspect_a_checkpoint(checkpoint):

@@ -14,7 +14,7 @@ import ragged_exit as rx
 from ragged_exit.cli import app
 from ragged_exit.training.job import RUN_FOLDER
 
-SHORT = ("--epochs", 6, "--learning-rate", 3e-3, "--batch-size", 16, "--threads", 1)
+SHORT = ("--epochs", 6, "--learning-rate", 3e-3, "--batch-size", 16, "--threads", 1, "--max-length", 20)
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -48,6 +48,7 @@ def test_fit(system, encoder, reviews, tmp_path):
     assert "by exit" in output and "ece" in output
     assert accuracy(out) == 1.0
     assert not (out / RUN_FOLDER).exists()
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 20  # where score and calibrate cut texts, too
 
 
 def test_fit_a_cascade(encoder, reviews, tmp_path):

@@ -431,6 +431,17 @@ def test_own_kernels_are_for_what_fits_them_and_not_for_the_reference() -> None:
     assert PackedLinear(weight[:, :95], None).kind != "packed"
 
 
+@pytest.mark.parametrize("dtype", PACKED_NATIVELY)
+def test_an_explicit_native_linear_is_native_whatever_the_environment_says(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, x = PackedLinear(torch.randn(64, 96).to(dtype), None, impl="native"), torch.randn(3, 96).to(dtype)
+    expected = linear(x)
+    monkeypatch.setenv("RAGGED_EXIT_IMPL", "triton")  # which has no such op, and would raise
+    assert torch.equal(linear(x), expected)
+    assert torch.equal(linear.sum_with(x, torch.zeros(3, 64).to(dtype))[0], expected)
+
+
 def test_packed_linear_takes_weights_that_are_views(path: str) -> None:
     weight, x = torch.randn(16, 8).T, torch.randn(32, 16)
     torch.testing.assert_close(PackedLinear(weight, None)(x), F.linear(x, weight), rtol=0, atol=1e-5)

@@ -103,7 +103,7 @@ def test_thresholds_per_exit():
     Entropy(0.5).check(12)
     with pytest.raises(ValueError, match=r"threshold: expected one number or 12 \(one per exit\), got 3"):
         rule.check(12)
-    with pytest.raises(ValueError, match="threshold: expected one number or 2"):
+    with pytest.raises(ValueError, match="patience: expected one number or 2"):
         Patience([1, 2, 3]).check(2)
 
 
@@ -170,6 +170,34 @@ def test_rules_are_values():
     ],
 )
 def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Entropy("abc"), "threshold: expected a number or a sequence .* got 'abc'"),
+        (lambda: Entropy(None), "threshold: expected a number or a sequence .* got None"),
+        (lambda: Entropy([0.1, "0.2"]), "threshold: expected a number or a sequence"),
+        (lambda: Patience("3"), "patience: expected a number or a sequence .* got '3'"),
+    ],
+)
+def test_what_is_no_number_is_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Patience(2, tolerance=math.nan), "tolerance: expected a number, got NaN"),
+        (lambda: Patience(math.inf), "patience: expected whole numbers >= 0, got inf"),
+        (lambda: Patience(math.nan), "patience: expected numbers, got NaN"),
+        (lambda: Patience([1, 2, 3]).check(4), r"patience: expected one number or 4 \(one per exit\), got 3"),
+    ],
+)
+def test_what_a_patience_rule_refuses_is_named_as_the_user_did(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

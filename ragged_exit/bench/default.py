@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,7 @@ from ragged_exit.calibration.threshold import choose_threshold, point_at, qualit
 from ragged_exit.data import TextData, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, tokenise
 from ragged_exit.models.deebert import DeeBert
-from ragged_exit.models.loading import load
-from ragged_exit.rules import Entropy
+from ragged_exit.models.loading import is_early_exit, load
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
@@ -83,7 +81,7 @@ def run_bench(
     return compare(
         prepared.title,
         model,
-        Entropy(chosen.threshold),
+        model.rule.with_threshold(chosen.threshold),
         test,
         lambda number: test.sample(timed_rows, seed=1000 + number),
         batch_size=batch_size,
@@ -96,16 +94,17 @@ def run_bench(
 
 
 def _tokenise(tokenizer, data: TextData) -> Workload:
-    examples = tokenise(tokenizer, data, max_length=min(512, tokenizer.model_max_length))
+    examples = tokenise(tokenizer, data)
     return Workload(examples.sequences, torch.tensor(examples.labels), examples.token_type_ids)
 
 
 def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, seed: int, say: Say) -> DeeBert:
-    config_file = Path(source) / "config.json"
-    if config_file.is_file() and "early_exit" in json.loads(config_file.read_text()):
+    if is_early_exit(source):
         model = load(source)
         if not isinstance(model, DeeBert):
             raise ValueError(f"model: expected a DeeBERT checkpoint or a plain encoder, got {model.system}")
+        if model.rule.initial_state(1, model.device):
+            raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
         return model
     what = repr((_REVISION, source, num_labels, seed, train.sequences[:100], len(train)))
     key = hashlib.sha256(what.encode()).hexdigest()[:16]

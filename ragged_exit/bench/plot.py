@@ -29,7 +29,7 @@ def draw_report(report: Report, path: Path) -> None:
         axes[1].plot(depth, [100 * point.quality for point in report.curve], ".-", color="#4477aa", label="validation")
         if report.chosen is not None:
             chosen = report.chosen
-            label = f"chosen: entropy < {chosen.threshold:.3f}"
+            label = f"chosen threshold: {chosen.threshold:.3f}"
             axes[1].plot(chosen.mean_executed_layers, 100 * chosen.quality, "o", color="#cc6677", label=label)
         axes[1].set(xlabel="mean exit layer", ylabel="accuracy, %", title="accuracy against depth")
         axes[1].legend()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
 from ragged_exit.accelerate import accelerate
-from ragged_exit.calibration.exit_table import ExitTable, exit_table
+from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.guarantee import guaranteed_threshold
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.data import read_text_data
@@ -23,17 +23,19 @@ class Calibrated(NamedTuple):
 
     rule: ExitRule
     verdict: str
-    table: ExitTable
 
 
 def run_calibrate(
-    directory: Path, data: Path, *, max_loss: float, confidence: float, speedup: float | None, max_length: int
+    directory: Path, data: Path, *, max_loss: float, confidence: float, speedup: float | None, max_length: int | None
 ) -> Calibrated:
     """Choose the threshold (or patience) of a checkpoint's rule on the texts of ``data``, and save it in config.json.
 
     By default the loosest with a guarantee (``guaranteed_threshold``); with ``speedup`` the one that runs 1 / speedup
-    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do.
+    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do, and for a
+    published checkpoint, whose config.json has no section of ours to hold a rule.
     """
+    if "early_exit" not in _read_config(directory):
+        raise ValueError(f"directory: {directory} is a published checkpoint; load and save_pretrained it first")
     model, examples = load(directory), read_examples(directory, data, max_length)
     table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
     layers = table.exits[-1].executed_layers
@@ -58,21 +60,24 @@ def run_calibrate(
         )
     rule = model.rule.with_threshold(threshold)
     _save_rule(directory, rule)
-    return Calibrated(rule, verdict, table)
+    return Calibrated(rule, verdict)
 
 
-def read_examples(directory: Path, data: Path, max_length: int) -> Examples:
+def read_examples(directory: Path, data: Path, max_length: int | None) -> Examples:
     """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return tokenise(tokenizer, read_text_data(data, require_labels=False), max_length=max_length)
 
 
-def _save_rule(directory: Path, rule: ExitRule) -> None:
-    """Only the rule changes; a published checkpoint, which has no section of ours, cannot hold it."""
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    config = json.loads(path.read_text())
-    if "early_exit" not in config:
-        raise ValueError(f"directory: {directory} is a published checkpoint; save_pretrained it first")
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: expected {path}")
+    return json.loads(path.read_text())
+
+
+def _save_rule(directory: Path, rule: ExitRule) -> None:
+    path, config = directory / "config.json", _read_config(directory)
     config["early_exit"]["rule"] = rule.to_dict()
     scratch = path.with_name(".config.json")
     scratch.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ragged_exit.accelerate import RowResult, accelerate
+from ragged_exit.examples import token_limit
 from ragged_exit.models.loading import load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -23,7 +24,7 @@ class ScoreOptions:
     threshold: float | None = None
     patience: int | None = None
     dtype: str = "fp32"
-    max_length: int = 512
+    max_length: int | None = None
     token_budget: int = 8192
 
     def as_dict(self) -> dict[str, Any]:
@@ -39,7 +40,6 @@ class Scorer:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {options.dtype!r}")
         model = load(options.model)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        self.limit = min(options.max_length, self.tokenizer.model_max_length, _positions(model.config))
         self.fast = accelerate(
             model,
             threshold=options.threshold,
@@ -47,6 +47,8 @@ class Scorer:
             dtype=DTYPES[options.dtype],
             device=device,
         )
+        positions = min(encoder.max_positions for encoder in self.fast.encoders)
+        self.limit = min(token_limit(self.tokenizer, options.max_length), positions)
         self.regression = model.config.num_labels == 1
 
     def score(self, texts: pa.Table) -> pa.Table:
@@ -95,9 +97,3 @@ def _answer(row: RowResult, regression: bool) -> float | int | None:
     if row.logits is None:
         return None
     return float(row.logits[0]) if regression else int(row.logits.argmax())
-
-
-def _positions(config: Any) -> int:
-    """The longest sequence that the position table takes; RoBERTa's begins behind the padding index."""
-    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-    return config.max_position_embeddings - offset

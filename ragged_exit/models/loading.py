@@ -53,6 +53,19 @@ def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
     return model.eval()
 
 
+def is_early_exit(source: str | Path) -> bool:
+    """Is this a directory that ``load`` takes, ours or in a published layout?"""
+    path = Path(source)
+    if not (path / "config.json").is_file():
+        return False
+    if "early_exit" in json.loads((path / "config.json").read_text()):
+        return True
+    try:
+        return detect_layout(read_state(path)) is not None
+    except FileNotFoundError:
+        return False
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint directory. Never runs code from the file."""
     if (path / WEIGHTS_FILE).is_file():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from ragged_exit.models.base import new_backbone
+from ragged_exit.models.base import EarlyExitModel, new_backbone
 
 
 class Found(NamedTuple):
@@ -28,8 +28,12 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
 
     Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
     and classifier (DistilBERT).
+
+    Raises TypeError for an early-exit model, ValueError for a checkpoint that lacks weights of the encoder itself.
     """
     drawn: set[str] = set()
+    if isinstance(source, EarlyExitModel):
+        raise TypeError(f"source: expected an encoder, got a {type(source).__name__}, which has exits already")
     if isinstance(source, nn.Module):
         whole = copy.deepcopy(source).float()
     else:
@@ -40,6 +44,7 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
             source, dtype=torch.float32, output_loading_info=True
         )
         drawn = set(loaded["missing_keys"])
+        _check_encoder(source, getattr(whole, "base_model", whole), whole, drawn)
     names = {id(module): name for name, module in whole.named_modules()}
     backbone = getattr(whole, "base_model", whole)
     classifier = getattr(whole, "classifier", None)
@@ -55,6 +60,17 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
         None if linear is None or f"{names[id(linear)]}.weight" in drawn else linear for linear in (pooler, classifier)
     )
     return Found(backbone, pooler, classifier)
+
+
+def _check_encoder(source: str | Path, backbone: nn.Module, whole: nn.Module, drawn: set[str]) -> None:
+    """Raise ValueError if weights of the encoder were drawn at random: transformers does no more than print them."""
+    encoder = {id(value) for name, value in backbone.named_parameters() if not name.startswith("pooler.")}
+    missing = sorted(name for name, value in whole.named_parameters() if id(value) in encoder and name in drawn)
+    if missing:
+        raise ValueError(
+            f"source: {source} lacks {len(missing)} weights of the encoder ({missing[0]}, ...); "
+            "an early-exit checkpoint is read by ragged_exit.load"
+        )
 
 
 def set_labels(found: Found, num_labels: int | None) -> None:

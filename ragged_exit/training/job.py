@@ -79,6 +79,7 @@ def run_fit(
         assert isinstance(model, LayeredModel)
         fit(model, train, valid, seed=seed, work_dir=run, **options)
     model.save_pretrained(out)
+    tokenizer.model_max_length = max_length  # what the exits were trained on is where texts are cut from now on
     tokenizer.save_pretrained(out)
     shutil.rmtree(run)
     return Fitted(model, valid)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from system_cases import CASES, Case, batch_of, config_of, randomised
-from tiny import random_rows
+from tiny import random_rows, tiny_deebert
 from transformers import (
     AlbertForSequenceClassification,
     AutoModel,
@@ -177,6 +177,15 @@ def test_a_classifier_that_the_file_does_not_hold_is_fresh(tmp_path: Path) -> No
     model = rx.DeeBert.from_backbone(tmp_path, num_labels=5)  # the config says 3
     assert model.final.classifier.out_features == 5
     assert torch.equal(model.highways[0].pooler.weight, theirs.bert.pooler.dense.weight)
+
+
+def test_from_backbone_takes_no_early_exit_model(tmp_path: Path) -> None:
+    model = tiny_deebert()
+    with pytest.raises(TypeError, match="source: expected an encoder, got a DeeBert"):
+        rx.Pabee.from_backbone(model)
+    model.save_pretrained(tmp_path)  # its keys are not Hugging Face's: all of them would be drawn at random
+    with pytest.raises(ValueError, match=r"source: .* lacks \d+ weights of the encoder .* ragged_exit\.load"):
+        rx.Pabee.from_backbone(tmp_path)
 
 
 @pytest.mark.parametrize("take", [lambda model: rx.DeeBert.from_backbone(model, num_labels=2),
