@@ -110,7 +110,7 @@ def test_pipeline(impl: str, reviewer: rx.DeeBert, tokenizer: PreTrainedTokenize
 
 def test_a_pipeline_can_be_shown(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
     classify = pipeline("text-classification", model=rx.accelerate(reviewer, impl="reference"), tokenizer=tokenizer)
-    assert "AcceleratedModel" in repr(classify) or "Pipeline" in repr(classify)
+    assert "AcceleratedModel" in repr(classify.model) and "TextClassificationPipeline" in repr(classify)
 
 
 def test_stream_takes_what_a_tokenizer_returns(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from system_cases import CASES, Reference, config_of, randomised
-from tiny import impls, one_thread, random_rows, tiny_deebert  # noqa: F401  (one_thread: autouse)
+from tiny import impls, native_built, one_thread, random_rows, tiny_deebert  # noqa: F401  (one_thread: autouse)
 from torch import Tensor
 
 import ragged_exit as rx
@@ -186,9 +186,8 @@ def test_rows_that_wait_for_a_restart_start_again_together(impl, monkeypatch):
     assert len(restarts) <= len(apart) / 2 and all(batch.tokens <= 128 for batch in restarts)
 
 
+@pytest.mark.skipif(not native_built(), reason="the C++ extension is not built")
 def test_merging_changes_no_bit_on_the_native_path():
-    if "native" not in [getattr(value, "values", [value])[0] for value in impls()]:
-        pytest.skip("the C++ extension is not built")
     fast = rx.accelerate(tiny_deebert(), threshold=0.9, impl="native")
     rows = random_rows(300, 7)
     small, large = (list(fast.stream(rows, token_budget=budget)) for budget in (64, 100_000))

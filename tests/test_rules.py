@@ -122,12 +122,6 @@ def test_row_state_at_the_start():
         assert rule.initial_state(4, torch.device("cpu")) == {}
 
 
-def test_the_hooks_do_nothing():
-    ids = torch.arange(3)
-    assert Entropy(0.1).start(ids) is None
-    assert Entropy(0.1).finish(ids, torch.zeros(3), ids) is None
-
-
 def test_rules_are_values():
     assert Entropy(0.1) == Entropy(0.1) != Entropy(0.2)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -34,4 +34,5 @@ def test_points_and_picture(curves, tmp_path):
 def test_memory_is_flat(curves):
     model = curves._model("tiny")
     short, long = (curves._point(model, torch.float32, 0, rows) for rows in (5_000, 40_000))
-    assert long["megabytes"] < 60 and short["megabytes"] < 300
+    assert short["megabytes"] < 300
+    assert long["megabytes"] < 20  # after the short one; a kilobyte kept for each row would be 40

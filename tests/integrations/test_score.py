@@ -109,10 +109,18 @@ def test_a_missing_text_is_reported_and_the_others_answered(checkpoint, tmp_path
     assert second["id"] == "1" and "input_ids" in second["error"] and second["label"] is None
 
 
-def test_long_texts_are_cut_and_numbers_stay_texts(checkpoint, tmp_path):
+@pytest.mark.parametrize("max_length", [None, 6, 5000])  # the tokenizer names no limit; the table has 512 positions
+def test_long_texts_are_cut_and_numbers_stay_texts(checkpoint, tmp_path, max_length):
     source = tmp_path / "in.csv"
     source.write_text("text\n1\n2\n" + "good " * 2000 + "\n")
-    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (3, 0)
+    options = ScoreOptions(str(checkpoint), max_length=max_length)
+    assert score_file(options, source, tmp_path / "out.parquet") == (3, 0)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    cut = [2, *tokenizer("good", add_special_tokens=False)["input_ids"] * (min(max_length or 512, 512) - 2), 3]
+    rows = [*(tokenizer(text)["input_ids"] for text in ("1", "2")), cut]
+    expected = rx.accelerate(rx.load(checkpoint)).stream(rows)
+    for row, answer in zip(read(tmp_path / "out.parquet"), expected, strict=True):
+        assert row["exit_layer"] == answer.exit_layer and row["logits"] == answer.logits.tolist()
 
 
 def test_a_raised_engine_keeps_what_is_done(checkpoint, tmp_path, small_shards):
