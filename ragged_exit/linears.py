@@ -87,6 +87,9 @@ class PackedLinear:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
         return F.linear(x, self.weight, self.bias)
 
+    def __deepcopy__(self, memo: dict) -> PackedLinear:
+        return self  # nothing in it ever changes, and oneDNN's packed weights cannot be copied
+
     def sum_with(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """x ``[T, K]``, residual ``[T, N]`` -> two summands of x W^T + b + residual; the second is None once added.
 

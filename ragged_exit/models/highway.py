@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ragged_exit.batch import RaggedBatch
+from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.heads import HeadOutput, MlpHead
+from ragged_exit.linears import PackedLinear
 from ragged_exit.ops.reference.exit import pool_rows
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
@@ -95,10 +96,12 @@ class MlpExit:
             return HeadOutput(logits, cosine_distances(features.to(wide), self.prototypes.to(wide)), features)
         return HeadOutput(logits, features=features)
 
-    def packed(self, encoder: PackedEncoder) -> MlpHead | ActivatedHead:
-        """The same exit for the executor, referring to the live weights."""
+    def packed(self, encoder: PackedEncoder) -> MlpHead | PackedMlp:
+        """The same exit for the executor: the live weights, or where the fused step does not know it, a snapshot."""
+        if self.activation != "tanh" or self.raw_uncertainty:
+            return PackedMlp(self, encoder.impl, encoder.dtype, encoder.device)
         uncertainty, prototype = self.uncertainty, self.prototype
-        head = MlpHead(
+        return MlpHead(
             classifier_weight=self.classifier.weight,
             classifier_bias=self.classifier.bias,
             pooler_weight=self.pooler.weight,
@@ -110,33 +113,39 @@ class MlpExit:
             prototypes=self.prototypes,
             pooling=self.pooling,
         )
-        if self.activation == "tanh" and not self.raw_uncertainty:
-            return head
-        return ActivatedHead(head, self.activation, self.raw_uncertainty)
 
 
-@dataclass(frozen=True)
-class ActivatedHead:
-    """An ``MlpHead`` with another activation, outside the fused step (ELECTRA's and DistilBERT's own heads)."""
+class PackedMlp:
+    """A snapshot of an ``MlpExit`` outside the fused step, which knows tanh alone (ELECTRA and DistilBERT have others).
 
-    mlp: MlpHead
-    activation: str
-    raw_uncertainty: bool = False
+    Its linears are the encoder's kind, so that a row's bits depend on that row alone here too.
+    """
+
+    def __init__(self, head: MlpExit, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:
+        def packed(linear: nn.Linear) -> PackedLinear:
+            weight, bias = (value.detach().to(device, dtype, copy=True) for value in (linear.weight, linear.bias))
+            return PackedLinear(weight, bias, impl=impl)
+
+        self.head, self.impl, self.dtype, self.device = head, impl, dtype, device
+        self.pooler, self.classifier = packed(head.pooler), packed(head.classifier)
+        self.uncertainty = None if head.uncertainty is None else packed(head.uncertainty)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> PackedMlp:
+        same = (dtype, device) == (self.dtype, self.device)
+        return self if same else PackedMlp(self.head, self.impl, dtype, device)
 
     def __call__(self, batch: RaggedBatch) -> HeadOutput:
-        assert batch.hidden is not None and self.mlp.pooler_weight is not None
-        seen = pool_rows(batch.hidden, batch.cu_seqlens, self.mlp.pooling)  # [Bcap, H]
-        pooled = _ACTIVATIONS[self.activation](F.linear(seen, self.mlp.pooler_weight, self.mlp.pooler_bias))
-        signal = None
-        if self.mlp.uncertainty_weight is not None:
-            wide = torch.promote_types(pooled.dtype, torch.float32)
-            asked = seen if self.raw_uncertainty else pooled
-            dots = F.linear(asked, self.mlp.uncertainty_weight[None], self.mlp.uncertainty_bias)[:, 0]
-            signal = torch.sigmoid(dots.to(wide))
-        return HeadOutput(F.linear(pooled, self.mlp.classifier_weight, self.mlp.classifier_bias), signal)
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> ActivatedHead:
-        return replace(self, mlp=self.mlp.to(dtype, device))
+        assert batch.hidden is not None
+        rows = pool_rows(batch.hidden, batch.cu_seqlens, self.head.pooling)  # [Bcap, H]
+        seen = rows.new_zeros(token_bucket(len(rows)), rows.shape[1])  # few sizes, as for tokens
+        seen[: len(rows)] = rows
+        pooled = self.pooler(seen, self.head.activation)
+        logits, signal = self.classifier(pooled)[: len(rows)], None
+        if self.uncertainty is not None:
+            dots = self.uncertainty(seen if self.head.raw_uncertainty else pooled)[:, 0].contiguous()
+            wide = torch.promote_types(dots.dtype, torch.float32)
+            signal = torch.sigmoid(dots.to(wide))[: len(rows)]  # of all: the last of an odd number get other bits
+        return HeadOutput(logits, signal)
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

@@ -64,6 +64,37 @@ def test_accelerated_equals_the_reference_row_by_row(
         assert_same(model(ids, mask), found)  # the padded reference as one batch
 
 
+@pytest.mark.skipif(not native_built(), reason="the C++ extension is not built")
+@pytest.mark.parametrize("name", ["berxit", "deebert_mean", "fastbert", "pabee", "de3bert"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra"])
+def test_a_rows_bits_depend_on_that_row_alone_in_every_kind_of_head(name: str, kind: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    if kind not in case.backbones:
+        pytest.skip(f"{name} is not for {kind}")
+    model = case.build(kind, 0)
+    rows = random_rows(70, 3, longest=12)
+    model.rule = Reference(model, rows).quiet(0.3)
+    fast = rx.accelerate(model, impl="native")
+    alone = [fast(*batch_of([row], kind)) for row in rows]
+    for count in (7, 33, 70):
+        together = fast(*batch_of(rows[:count], kind))
+        for field in ("logits", "score", "exit_layer"):
+            assert torch.equal(getattr(together, field), torch.cat([getattr(row, field) for row in alone[:count]]))
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_a_copy_answers_alike(case: Case, impl: str) -> None:
+    fast = rx.accelerate(case.build(case.backbones[-1], 0), impl=impl)
+    inputs = batch_of(random_rows(9, 3, longest=12), case.backbones[-1])
+    expected = fast(*inputs)
+    again = copy.deepcopy(fast)
+    assert torch.equal(again(*inputs).logits, expected.logits)
+    again.refresh()
+    assert again._source[0] is not fast._source[0]
+    assert torch.equal(again(*inputs).logits, expected.logits)
+
+
 INNER = {
     "patience": (rx.Pabee, rx.Patience(1)),
     "bandit": (rx.ElasticBert, rx.UcbMaxProb()),
