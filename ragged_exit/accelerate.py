@@ -118,7 +118,6 @@ class AcceleratedModel(nn.Module):
         head = head.to(self.dtype, self.device)
         return packed_for(self.impl, head) if isinstance(head, MlpHead) else head
 
-    @torch.inference_mode()
     def forward(
         self,
         input_ids: Tensor,
@@ -128,8 +127,10 @@ class AcceleratedModel(nn.Module):
     ) -> ExitOutput:
         """Padded ``[B, S]`` in, any 0/1 mask; as the source model called in eval mode."""
         inputs = self._source[0].prepare(input_ids, attention_mask, token_type_ids)
-        record = self.executor.run(self.encoder.pack(*inputs, also=self.encoders[1:]))
-        answers = {name: value.to(input_ids.device) for name, value in record._asdict().items()}
+        with torch.inference_mode():
+            record = self.executor.run(self.encoder.pack(*inputs, also=self.encoders[1:]))
+        # copies, which the caller may write into and compute a loss from
+        answers = {name: value.to(input_ids.device, copy=True) for name, value in record._asdict().items()}
         loss = None if labels is None else self._source[0].task_loss(answers["logits"], labels)
         return ExitOutput(loss=loss, **answers)  # the loss first, as Hugging Face models return it
 
@@ -154,8 +155,8 @@ class AcceleratedModel(nn.Module):
     ) -> tuple[Sequence[int], Sequence[int] | None, str | None]:
         """(input_ids, token_type_ids, what is wrong with them)."""
         try:
-            ids = item["input_ids"] if isinstance(item, Mapping) else item
-            types = item.get("token_type_ids") if isinstance(item, Mapping) else None
+            ids = _kept(item["input_ids"] if isinstance(item, Mapping) else item)
+            types = _kept(item.get("token_type_ids")) if isinstance(item, Mapping) else None
             prepared = None if types is None else self._source[0].prepare_types(types)
             for encoder in self.encoders:
                 encoder.check_sequence(ids, prepared)
@@ -178,3 +179,10 @@ class AcceleratedModel(nn.Module):
         if token_type_ids is not None:
             token_type_ids = [self._source[0].prepare_types(types) for types in token_type_ids]
         return self.encoder.pack_sequences(sequences, token_type_ids, also=self.encoders[1:])
+
+
+def _kept(values: Any) -> Any:
+    """A list of its own: rows wait, and the caller may use the memory of his again."""
+    if values is None or isinstance(values, str):
+        return values
+    return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ragged_exit.data import TextData
 
 Sequences = Sequence[Sequence[int]]
+# one of these holds a vocabulary, whatever the kind of tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,20 @@ def tokenise(tokenizer: Any, data: TextData, *, max_length: int | None = None) -
     encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=limit)
     types = encoded.get("token_type_ids") if data.text_pairs is not None else None
     return Examples(encoded["input_ids"], data.labels, types)
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a directory or a Hugging Face id.
+
+    Raises FileNotFoundError for a directory without one: transformers would invent one that knows no word.
+    """
+    path = Path(source)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{path}: expected a tokenizer beside the model, found none of {', '.join(TOKENIZER_FILES)}; "
+            "AutoTokenizer.from_pretrained(ENCODER).save_pretrained(...) puts the encoder's there"
+        )
+    return AutoTokenizer.from_pretrained(source)
 
 
 def token_limit(tokenizer: Any, max_length: int | None) -> int:

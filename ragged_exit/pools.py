@@ -14,6 +14,7 @@ from ragged_exit.buffers import Buffers
 from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, Survivors, conclude
 
 MAX_WAIT = 64  # batches that may enter before a row that waits is run, full pool or not
+MAX_BUDGET = 1 << 20  # tokens a launch; far beyond what gains anything
 IN_FLIGHT = 2  # stages queued on a device: one is running while the host reads the other's outcome
 
 
@@ -107,8 +108,10 @@ class SurvivorPools:
     """
 
     def __init__(self, executor: RaggedExecutor, token_budget: int, *, max_wait: int = MAX_WAIT) -> None:
-        if token_budget < 1:
-            raise ValueError(f"token_budget: expected at least 1, got {token_budget}")
+        if not isinstance(token_budget, int):
+            raise TypeError(f"token_budget: expected an integer, got {type(token_budget).__name__}")
+        if not 1 <= token_budget <= MAX_BUDGET:  # a launch has memory for all of it
+            raise ValueError(f"token_budget: expected 1 to {MAX_BUDGET:,}, got {token_budget:,}")
         if max_wait < 0:
             raise ValueError(f"max_wait: expected at least 0 batches, got {max_wait}")
         self.executor, self.token_budget, self.max_wait = executor, token_budget, max_wait

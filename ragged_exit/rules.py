@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,6 +39,13 @@ class ScoreSpec(NamedTuple):
     dr_order: str = "prob"
 
 
+def _plain(value: Any) -> Any:
+    """A tensor's or an array's numbers as Python's, which config.json can hold."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _numbers(name: str, value: object) -> list[float]:
     items = list(value) if isinstance(value, list | tuple) else [value]
     try:
@@ -66,6 +73,8 @@ class ExitRule:
     threshold_name: ClassVar[str] = "threshold"  # as the user set it
 
     def __post_init__(self) -> None:
+        if self.threshold_name in self.__dict__:  # a field, and not a property
+            object.__setattr__(self, self.threshold_name, _plain(getattr(self, self.threshold_name)))
         if self.compare not in COMPARISONS:
             raise ValueError(f"compare: expected one of {COMPARISONS}, got {self.compare!r}")
         numbers = _numbers(self.threshold_name, self.threshold)
@@ -303,4 +312,7 @@ def rule_from_dict(saved: dict[str, Any]) -> ExitRule:
     known = {item.name for item in fields(RULES[name])}  # type: ignore[arg-type]
     if unknown := set(arguments) - known:
         raise ValueError(f"rule: {name} has no field {sorted(unknown)}")
+    needed = {item.name for item in fields(RULES[name]) if item.default is MISSING}  # type: ignore[arg-type]
+    if missing := needed - set(arguments):
+        raise ValueError(f"rule: {name} needs {sorted(missing)}")
     return RULES[name](**arguments)

@@ -102,5 +102,5 @@ def _fill(waiting: Iterable[_Window], finished: Iterable[Finished]) -> None:
 def _rows(record: ExitRecord) -> Iterator[RowResult]:
     columns = (record.score, record.exit_layer, record.exit_member, record.executed_layers)
     lists = [column.tolist() for column in columns]
-    for logits, score, layer, member, executed in zip(record.logits.cpu().unbind(), *lists, strict=True):
+    for logits, score, layer, member, executed in zip(record.logits.to("cpu", copy=True).unbind(), *lists, strict=True):
         yield RowResult(-1, logits, score, layer, member, executed)

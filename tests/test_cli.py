@@ -62,6 +62,9 @@ def test_bench_on_own_model_and_data(encoder, reviews, tmp_path, monkeypatch):
     assert picture.stat().st_size > 10_000
     code, output = run(*options)  # the heads are cached now
     assert code == 0 and "heads from" in output and "fitting heads" not in output
+    reviews.write_text(reviews.read_text().replace(",1\n", ",2\n").replace(",0\n", ",1\n").replace(",2\n", ",0\n"))
+    code, output = run(*options)  # the same texts with other labels are other heads
+    assert code == 0 and "fitting heads" in output
 
 
 def test_bench_on_pairs_keeps_token_types(encoder, reviews, tmp_path, monkeypatch):

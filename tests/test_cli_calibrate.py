@@ -95,6 +95,39 @@ def test_a_missing_extra_is_named(command, broken, extra, checkpoint, data, monk
     assert code == 2 and f"pip install '{extra}'" in output
 
 
+@pytest.mark.parametrize("command", ["calibrate", "inspect", "score"])
+def test_a_checkpoint_without_a_tokenizer_is_refused(command, checkpoint, data, tmp_path):
+    """transformers would invent one that knows no word."""
+    (checkpoint / "tokenizer.json").unlink()
+    out = (tmp_path / "out.csv",) if command == "score" else ()
+    code, output = run(command, checkpoint, data, *out)
+    assert code == 2 and "expected a tokenizer beside the model" in output
+
+
+def test_a_checkpoint_that_is_not_whole_is_one_clear_line(checkpoint, data):
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(weights[:-100])
+    code, output = run("inspect", checkpoint)
+    assert code == 2 and "model.safetensors" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"rule": {}}, "rule: expected one of"), ({"colour": "red"}, "early_exit: .*colour")]
+)
+def test_a_section_that_is_not_ours_is_named(changes, message, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["early_exit"] |= changes
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        rx.load(checkpoint)
+
+
+@pytest.mark.parametrize("speedup", [0, 0.5, "nan"])
+def test_a_speedup_below_one_is_refused(speedup, checkpoint, data):
+    code, output = run("calibrate", checkpoint, data, "--speedup", speedup)
+    assert code == 2 and "speedup: expected at least 1" in output
+
+
 def test_inspect_a_checkpoint(checkpoint):
     code, output = run("inspect", checkpoint)
     assert code == 0 and "system deebert" in output and "3 layers, hidden 32" in output

@@ -156,6 +156,7 @@ def test_rules_are_values():
         (lambda: DistanceEntropy(0.1, dr_order="size"), "dr_order: expected one of .* got 'size'"),
         (lambda: rule_from_dict({"name": "Entropies", "threshold": 0.1}), "rule: expected one of .* got 'Entropies'"),
         (lambda: rule_from_dict({"threshold": 0.1}), "rule: expected one of .* got None"),
+        (lambda: rule_from_dict({"name": "Entropy"}), r"rule: Entropy needs \['threshold'\]"),
         (
             lambda: rule_from_dict({"name": "Entropy", "threshold": 0.1, "speed": 1}),
             r"Entropy has no field \['speed'\]",
@@ -194,6 +195,17 @@ def test_what_is_no_number_is_named(make, message):
 def test_what_a_patience_rule_refuses_is_named_as_the_user_did(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "threshold", [torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.2]).numpy(), [torch.tensor(0.1), 0.2]], ids=repr
+)
+def test_thresholds_of_tensors_and_arrays_are_plain_numbers(threshold):
+    rule = Entropy(threshold)
+    rule.check(2)
+    assert rule.threshold == pytest.approx([0.1, 0.2])
+    assert rule_from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    assert Patience(torch.tensor(3)) == Patience(3)
 
 
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])

@@ -214,5 +214,31 @@ def test_all_rows_bad_and_no_rows() -> None:
 
 
 def test_a_bad_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="token_budget: expected at least 1, got 0"):
-        list(fast_model().stream([[5]], token_budget=0))
+    for budget in (0, 10**9):
+        with pytest.raises(ValueError, match=r"token_budget: expected 1 to 1,048,576, got"):
+            list(fast_model().stream([[5]], token_budget=budget))
+    with pytest.raises(TypeError, match="token_budget: expected an integer, got float"):
+        list(fast_model().stream([[5]], token_budget=100.0))
+
+
+def test_rows_may_be_given_in_one_buffer_again_and_again() -> None:
+    """Rows wait for others: what the caller does with his memory meanwhile is his business."""
+    fast, rows, buffer = fast_model(), random_rows(30, 5), []
+
+    def reusing() -> Iterator[list[int]]:
+        for row in rows:
+            buffer[:] = row
+            yield buffer
+
+    for one, other in zip(fast.stream(reusing()), fast.stream(rows), strict=True):
+        assert torch.equal(one.logits, other.logits)
+
+
+def test_answers_are_ordinary_tensors() -> None:
+    """Not inference tensors, which no loss can be computed from and nothing be written into."""
+    fast = fast_model()
+    (row,) = fast.stream([[5, 6]])
+    for logits in (row.logits, fast(torch.tensor([[5, 6]])).logits):
+        assert not logits.is_inference()
+        logits.add_(1)
+        (logits * torch.ones(3, requires_grad=True)).sum().backward()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 import ragged_exit.embedded as embedded
 from ragged_exit.accelerate import accelerate
@@ -18,13 +17,13 @@ from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
 from ragged_exit.data import TextData, read_text_data, split_by_hash
-from ragged_exit.examples import Examples, tokenise
+from ragged_exit.examples import Examples, read_tokenizer, tokenise
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import is_early_exit, load
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
-_REVISION = 3  # of how heads are fitted: part of every cached name
+_REVISION = 4  # of how heads are fitted: part of every cached name
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say, see
         raise ValueError("data: expected class labels; the entropy exits of this benchmark need classes, got numbers")
     source = str(embedded.encoder_dir("bge-small", say=say)) if model_source is None else model_source
     model_name = "bge-small L12" if model_source is None else Path(model_source).name
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     parts = [data.select(rows) for rows in split_by_hash(data.ids)]
     train, valid, test = (_tokenise(tokenizer, part) for part in parts)
     model = _model(source, train, valid, num_labels=max(data.labels) + 1, seed=seed, say=say)  # type: ignore[type-var,arg-type,operator]
@@ -98,6 +97,17 @@ def _tokenise(tokenizer, data: TextData) -> Workload:
     return Workload(examples.sequences, torch.tensor(examples.labels), examples.token_type_ids)
 
 
+def _heads_key(source: str, train: Workload, num_labels: int, seed: int) -> str:
+    """Of all that fitted heads depend on: the encoder's files, every row and label, the settings."""
+    files = sorted(Path(source).resolve().glob("*")) if Path(source).is_dir() else []
+    encoder = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files] or source
+    assert train.labels is not None
+    key = hashlib.sha256(repr((_REVISION, encoder, num_labels, seed, train.labels.tolist())).encode())
+    for row in zip(train.sequences, train.token_type_ids or train.sequences, strict=True):
+        key.update(repr(row).encode())
+    return key.hexdigest()[:16]
+
+
 def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, seed: int, say: Say) -> DeeBert:
     if is_early_exit(source):
         model = load(source)
@@ -106,9 +116,7 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
         if model.rule.initial_state(1, model.device):
             raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
         return model
-    what = repr((_REVISION, source, num_labels, seed, train.sequences[:100], len(train)))
-    key = hashlib.sha256(what.encode()).hexdigest()[:16]
-    cached = embedded.cache_dir() / "heads" / key
+    cached = embedded.cache_dir() / "heads" / _heads_key(source, train, num_labels, seed)
     if (cached / "model.safetensors").is_file():
         say(f"heads from {cached}")
         return DeeBert.from_pretrained(cached)  # type: ignore[return-value]

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
-
 from ragged_exit.accelerate import accelerate
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.guarantee import guaranteed_threshold
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.data import read_text_data
-from ragged_exit.examples import Examples, tokenise
+from ragged_exit.examples import Examples, read_tokenizer, tokenise
 from ragged_exit.models.loading import load
 from ragged_exit.rules import ExitRule
 
@@ -36,6 +34,8 @@ def run_calibrate(
     """
     if "early_exit" not in _read_config(directory):
         raise ValueError(f"directory: {directory} is a published checkpoint; load and save_pretrained it first")
+    if speedup is not None and not speedup >= 1:
+        raise ValueError(f"speedup: expected at least 1, got {speedup}")
     model, examples = load(directory), read_examples(directory, data, max_length)
     table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
     layers = table.exits[-1].executed_layers
@@ -65,7 +65,7 @@ def run_calibrate(
 
 def read_examples(directory: Path, data: Path, max_length: int | None) -> Examples:
     """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = read_tokenizer(directory)
     return tokenise(tokenizer, read_text_data(data, require_labels=False), max_length=max_length)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer
 
 from ragged_exit.accelerate import RowResult, accelerate
-from ragged_exit.examples import token_limit
+from ragged_exit.examples import read_tokenizer, token_limit
 from ragged_exit.models.loading import load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,7 +38,7 @@ class Scorer:
         if options.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {options.dtype!r}")
         model = load(options.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.tokenizer = read_tokenizer(options.model)
         self.fast = accelerate(
             model,
             threshold=options.threshold,

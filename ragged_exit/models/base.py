@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
@@ -159,8 +160,16 @@ class EarlyExitModel(nn.Module):
         if section.get("system") != cls.system:
             raise ValueError(f'{path}: expected a config.json with early_exit.system = "{cls.system}"')
         model = build(section, saved)
-        load_strictly(model, load_file(path / WEIGHTS_FILE), path)
+        load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
         return model.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises FileNotFoundError, and ValueError for a file that is not whole."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitModel:
@@ -169,8 +178,12 @@ def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitMod
     system = options.pop("system", None)
     if system not in SYSTEMS:
         raise ValueError(f"early_exit.system: expected one of {sorted(SYSTEMS)}, got {system!r}")
-    rule = rule_from_dict(options.pop("rule"))
-    return SYSTEMS[system](config_from_dict(saved_config), rule=rule, **options)
+    rule = rule_from_dict(options.pop("rule", {}))
+    config = config_from_dict(saved_config)
+    try:
+        return SYSTEMS[system](config, rule=rule, **options)
+    except TypeError as error:  # an option that it does not take
+        raise ValueError(f"early_exit: {error}") from error
 
 
 def answer(points: list[ExitPoint]) -> ExitOutput:

@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
-from ragged_exit.models.base import SYSTEMS, WEIGHTS_FILE, EarlyExitModel, load_strictly
+from ragged_exit.models.base import SYSTEMS, WEIGHTS_FILE, EarlyExitModel, load_strictly, read_weights
 from ragged_exit.models.published import detect_layout, rename_keys
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
@@ -69,7 +68,7 @@ def is_early_exit(source: str | Path) -> bool:
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint directory. Never runs code from the file."""
     if (path / WEIGHTS_FILE).is_file():
-        return load_file(path / WEIGHTS_FILE)
+        return read_weights(path / WEIGHTS_FILE)
     if (path / "pytorch_model.bin").is_file():
         return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
     raise FileNotFoundError(f"directory: expected {WEIGHTS_FILE} or pytorch_model.bin in {path}")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from ragged_exit.data import read_text_data, split_by_hash
-from ragged_exit.examples import Examples, tokenise
+from ragged_exit.examples import Examples, read_tokenizer, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
 from ragged_exit.models.cascade import CascadeBert
 from ragged_exit.models.full_depth import FullDepth
@@ -66,7 +66,7 @@ def run_fit(
         parts = [text, read_text_data(valid_data)]
     if not all(len(part) for part in parts):
         raise ValueError(f"data: {len(text)} rows are too few for a validation part; give more, or a validation file")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     train, valid = (tokenise(tokenizer, part, max_length=max_length) for part in parts)
     num_labels = 1 if text.is_regression else max(int(label) for label in train.labels or ()) + 1
     set_seed(seed)

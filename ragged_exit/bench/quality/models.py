@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, set_seed
 
 from ragged_exit.bench.quality.tasks import Task
 from ragged_exit.embedded import encoder_dir
-from ragged_exit.examples import tokenise
+from ragged_exit.examples import read_tokenizer, tokenise
 from ragged_exit.models.base import EarlyExitModel
 from ragged_exit.models.berxit import Berxit
 from ragged_exit.models.cascade import CascadeBert
@@ -85,7 +85,7 @@ class Study:
         self.pooled: dict[str, Any] = {"pooling": pooling}
         self.folder = work_dir / f"{task.name}-{pooling}"
         self.source = str(encoder_dir(ENCODER, say=say))
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        tokenizer = read_tokenizer(self.source)
         train = task.train
         if budget.rows is not None and budget.rows < len(train):
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
