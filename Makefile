@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0  # the oldest supported, the pinned and the newest supported
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: bench test lint format fuzz ray peers quality aot gpu clean $(TRITONS:%=aot-%)
+.PHONY: bench test lint format fuzz ray peers quality aot gpu gpu-build gpu-tests gpu-kernels gpu-encoder clean $(TRITONS:%=aot-%)
 
 bench: $(STAMP)  ## score the embedded default, print the table, write the picture
 	$(BIN)/ragged-exit bench --json ragged_exit_bench.json --plot ragged_exit_bench.png
@@ -49,13 +49,23 @@ $(TRITONS:%=aot-%): aot-%: .aot/triton-%/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$*
 	touch $@
 
-# On a CUDA machine: in place, with what is installed there; no network, no virtual environment, no git.
-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-gpu:
+# On a CUDA machine: in place, with what is installed there; no network, no virtual environment, no git. Each part is a
+# target. Most of the tests' time goes into compiling kernels: PYTEST_ADDOPTS="-n 8" helps where pytest-xdist is installed.
+GPU_RESULTS ?= benchmarks/results
+gpu: gpu-tests gpu-kernels gpu-encoder  ## make -k: go on after a part that failed
+gpu gpu-tests gpu-kernels gpu-encoder: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace || echo "the CPU kernels are not built; the GPU's do not need them"
+
+gpu-tests: gpu-build
 	$(PYTHON) -m pytest -m gpu tests/gpu
-	$(PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-gpu.json
-	$(PYTHON) benchmarks/gpu.py --json benchmarks/results/encoder-gpu.json
+
+gpu-kernels: gpu-build
+	$(PYTHON) benchmarks/kernels.py --json $(GPU_RESULTS)/kernels-gpu.json
+
+gpu-encoder: gpu-build
+	$(PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/encoder-gpu.json
 
 $(STAMP): $(SOURCES)
 	@echo "creating $(VENV) and installing ragged-exit with its pinned dependencies"

@@ -58,6 +58,8 @@ def accelerate(
         raise TypeError(f"rule: expected an ExitRule, got {type(rule).__name__}")
     model.check_rule(rule)
     device = model.device if device is None else torch.device(device)
+    if device.type == "cuda" and device.index is None:  # which one is told once: later another may be the current one
+        device = torch.device("cuda", torch.cuda.current_device())
     dtype = model.dtype if dtype is None else dtype
     if dtype not in (torch.float32, torch.bfloat16) and (device.type == "cpu" or dtype != torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or, on a GPU, float16, got {dtype}")

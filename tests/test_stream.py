@@ -215,7 +215,7 @@ def test_all_rows_bad_and_no_rows() -> None:
 
 def test_a_bad_budget_is_an_error() -> None:
     for budget in (0, 10**9):
-        with pytest.raises(ValueError, match=r"token_budget: expected 1 to 1,048,576, got"):
+        with pytest.raises(ValueError, match=r"token_budget: expected 1 to 1,048,560, got"):
             list(fast_model().stream([[5]], token_budget=budget))
     with pytest.raises(TypeError, match="token_budget: expected an integer, got float"):
         list(fast_model().stream([[5]], token_budget=100.0))

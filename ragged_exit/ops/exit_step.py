@@ -211,7 +211,10 @@ def row_threshold(batch: RaggedBatch, rule: ExitRule, exit_index: int) -> Tensor
     """f32 ``[1]``, or ``[Bcap]`` where the batch carries thresholds of its own."""
     threshold = batch.state.get("threshold")
     if threshold is None:
-        return _constant(rule.threshold_at(exit_index), batch.device)
+        value, device = rule.threshold_at(exit_index), batch.device
+        # a CUDA graph would fill the cached one only when it is replayed, and read it after it has left the cache
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return (_constant.__wrapped__ if capturing else _constant)(value, device)
     return _row_state(batch, "threshold", torch.float32)
 
 
