@@ -6,16 +6,18 @@ Nothing here knows a model: texts stay strings, labels become integers (classifi
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -85,13 +87,13 @@ def read_text_data(
 
     Row ids are the column `id` if there is one, else the row's position ("0", "1", …). In a .tsv quote characters are
     ordinary text. In .csv and .tsv an empty cell is null (in a .csv `""` is the empty string), and nothing else is:
-    `NA` is a word.
+    `NA` is a word. Texts, ids and string labels stay as they are written, whatever they look like.
 
     Raises ValueError, naming the file, for an unknown suffix, an unreadable or empty file, a missing or repeated
     column, a column of the wrong type, and a null cell (rows are counted from 1); FileNotFoundError without a file.
     """
     path = Path(path)
-    table = _read_table(path, keep_as_text=(*_PARTNER, *_PARTNER.values(), text, text2 or text, _ID))
+    table = _read_table(path, {*_PARTNER, *_PARTNER.values(), text, text2 or text, label, _ID})
     if table.num_rows == 0:
         raise ValueError(f"{path}: the file is empty, expected at least one row")
     names = table.column_names
@@ -137,7 +139,44 @@ def split_by_hash(ids: Iterable[str], fractions: Sequence[float] = (0.70, 0.15, 
     return parts
 
 
-def _read_table(path: Path, keep_as_text: Iterable[str]) -> pa.Table:
+def json_lines(path: Path, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every object of a .jsonl file with its line, counted from 1; blank lines are skipped. options: JSONDecoder's.
+
+    Arrow's reader would turn strings that look like dates into dates, and large integers into floats. Raises
+    ValueError, naming file and line, for a line that is no object.
+    """
+    decode = json.JSONDecoder(**options).decode
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _json_object(decode, line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        problem = getattr(error, "msg", error)  # without the position that json adds: it has a line number, too
+        raise ValueError(f"{path}: not readable as jsonl: line {number}: {problem}") from error
+
+
+def _json_object(decode: Callable[[str], Any], line: str) -> dict[str, Any]:
+    row = decode(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    if "\\u" in line:
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    return row
+
+
+def as_written(value: Any) -> str | None:
+    """A JSON value's text; null stays None. Raises ArrowTypeError for lists and objects."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | dict):
+        raise pa.ArrowTypeError(f"expected a string or a number, got {value!r:.80}")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_table(path: Path, wanted: set[str]) -> pa.Table:
+    """The columns ``wanted`` as they are written; of the others the names are right."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, got {suffix or 'no suffix'!r}")
@@ -149,22 +188,33 @@ def _read_table(path: Path, keep_as_text: Iterable[str]) -> pa.Table:
         if suffix == ".parquet":
             return pa.parquet.read_table(path)
         if suffix == ".jsonl":
-            return pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=block_size))
+            return _read_jsonl(path, wanted)
         quoting = {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
         return pa.csv.read_csv(
             path,
             read_options=pa.csv.ReadOptions(block_size=block_size),
             parse_options=pa.csv.ParseOptions(**quoting),
             convert_options=pa.csv.ConvertOptions(
-                # Texts and ids that look like numbers or dates must stay as they were written.
-                column_types=dict.fromkeys(keep_as_text, pa.string()),
+                column_types=dict.fromkeys(wanted, pa.string()),  # even what looks like numbers or dates
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
             ),
         )
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"{path}: not readable as {suffix[1:]}: {error}") from error
+
+
+def _read_jsonl(path: Path, wanted: set[str]) -> pa.Table:
+    rows = [row for _, row in json_lines(path)]
+
+    def column(name: str) -> Any:
+        if name not in wanted:
+            return pa.nulls(len(rows))
+        values = [row.get(name) for row in rows]
+        return pa.array([as_written(value) for value in values], pa.string()) if name == _ID else pa.array(values)
+
+    return pa.table({name: column(name) for name in dict.fromkeys(name for row in rows for name in row)})
 
 
 def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -192,6 +242,8 @@ def _labels(path: Path, name: str, column: pa.ChunkedArray) -> tuple[list[int] |
     """Labels and, where the classes have names, those."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        column = _numbers_if_all_are(column)
     if pa.types.is_integer(column.type):
         return column.to_pylist(), None
     if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
@@ -209,3 +261,13 @@ def _labels(path: Path, name: str, column: pa.ChunkedArray) -> tuple[list[int] |
     classes = sorted(set(values))
     index = {value: i for i, value in enumerate(classes)}
     return [index[value] for value in values], classes
+
+
+def _numbers_if_all_are(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cells of text as integers, else as floats, else as they are."""
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            return pa.compute.utf8_trim_whitespace(column).cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column

@@ -119,6 +119,33 @@ def test_texts_that_look_like_something_else_stay_text(tmp_path, text):
         assert (data.texts, data.ids) == ([text], ["007"])
 
 
+ODD = ["2020-01-01", "2020-01-01T10:00:00", "10:00", "1e5", "true", "null"]
+
+
+def test_texts_ids_and_label_names_come_through_as_written(tmp_path, suffix):
+    names = ["2020-01-01T10:00:00", "2021-01-01T10:00:00"] * 3
+    data = read_text_data(write(tmp_path / f"a.{suffix}", {"id": ODD, "text": ODD, "label": names}))
+    assert data.texts == data.ids == ODD
+    assert data.label_names == names[:2] and data.labels == [0, 1] * 3
+
+
+def test_booleans_in_csv_stay_as_written(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,True\nb,False\n")
+    assert read_text_data(tmp_path / "a.csv").label_names == ["False", "True"]
+
+
+@pytest.mark.parametrize("cells", [(" 1", "2 "), ("1", "2.0"), ("01", "2e0")])
+def test_numbers_in_csv_are_numbers(tmp_path, cells):
+    (tmp_path / "a.csv").write_text("text,label\na,{}\nb,{}\n".format(*cells))
+    assert (read_text_data(tmp_path / "a.csv").labels, read_text_data(tmp_path / "a.csv").label_names) == ([1, 2], None)
+
+
+def test_large_json_ids_and_columns_that_nobody_asked_for(tmp_path):
+    ids = [2**53 + 1, 2**63, 2**80, True]
+    path = write(tmp_path / "a.jsonl", {"id": ids, "text": list("abcd"), "label": [0] * 4, "meta": [1, "x", [], None]})
+    assert read_text_data(path).ids == [str(2**53 + 1), str(2**63), str(2**80), "true"]
+
+
 def test_csv_newlines_in_quotes_byte_order_mark_and_empty_string(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'\xef\xbb\xbftext,label\r\n"two\nlines",0\r\n"",1\r\n')
@@ -165,7 +192,12 @@ def test_labels_may_be_absent_only_on_request(tmp_path, suffix):
         ("a.jsonl", "", "the file is empty"),
         ("a.jsonl", '{"text": 3, "label": 1}\n', "column 'text' must hold strings, got int64"),
         ("a.jsonl", '{"text": "a", "label": [1]}\n', "column 'label' must hold numbers or strings, got list"),
-        ("a.jsonl", "{broken\n", "not readable as jsonl"),
+        ("a.jsonl", '{"text": "a", "id": [], "label": 1}\n', "string or a number, got \\[\\]"),
+        ("a.jsonl", '{"text": "a", "label": 100000000000000000000}\n', "not readable as jsonl"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n{broken\n', "not readable as jsonl: line 3: Expecting property name"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "\udce9"}\n', "not readable as jsonl: line 2: 'utf-8'"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "not readable as jsonl: line 1: 'utf-8'"),
+        ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
         ("a.parquet", "not parquet", "not readable as parquet"),
         ("a.txt", "text,label\na,1\n", r"expected a file that ends in \.csv, .*got '\.txt'"),
         ("a", "text,label\na,1\n", "got 'no suffix'"),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ragged_exit.integrations.scorer import ScoreOptions, Scorer
-from ragged_exit.integrations.shards import check_suffix, join, split, write_whole
+from ragged_exit.integrations.shards import check_suffix, check_tsv_ids, join, split, write_whole
 
 Engine = Callable[[ScoreOptions, Sequence["Shard"]], Iterator[int]]
 
@@ -62,8 +62,9 @@ def score_file(
     arguments and the missing shards are answered, no row is lost or repeated, and ``out`` is what an uninterrupted run
     writes. on_rows: told (rows done, rows in all) as shards finish.
 
-    Raises ValueError for file names that are no table's, unreadable input, an ``out`` that is there already, or parts
-    of a run with other arguments; FileNotFoundError without an input.
+    Raises ValueError for file names that are no table's, unreadable input, ids that a .tsv cannot hold (empty, or with
+    a tab or line break), an ``out`` that is there already, or parts of a run with other arguments; FileNotFoundError
+    without an input.
     """
     check_suffix(source, "in")
     check_suffix(out, "out")
@@ -75,6 +76,8 @@ def score_file(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, options, source, text, text2)
     sources = _split_once(source, folder, text, text2)
+    if out.suffix.lower() == ".tsv":
+        check_tsv_ids(sources)
     shards = [Shard(str(path), str(path.with_name("out" + path.name[2:]))) for path in sources]
     total = sum(_rows_of(shard.source) for shard in shards)
     missing = [shard for shard in shards if not Path(shard.target).is_file()]
