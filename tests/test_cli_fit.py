@@ -82,6 +82,33 @@ def test_bad_arguments_are_one_clear_line(options, message, encoder, reviews, tm
     assert code == 2 and f"error {message}" in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize("system", [("deebert",), ("cascade", "--folds", 2, "--member")])
+def test_a_folder_that_is_not_ours_is_refused_and_stays(system, encoder, reviews, tmp_path):
+    precious = tmp_path / "out" / RUN_FOLDER / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    members = [encoder] if len(system) > 1 else []
+    code, output = run("--system", *system, *members, encoder, reviews, tmp_path / "out", *SHORT)
+    assert code == 2 and "error out: the folder" in output and precious.read_text() == "mine"
+
+
+def test_a_call_that_failed_does_not_block_the_right_one(encoder, reviews, tmp_path):
+    arguments = ("--freeze-backbone", "--epochs", 1, encoder, reviews, tmp_path / "out")
+    code, output = run("--system", "deebert", "--learning-rate", "nan", *arguments)
+    assert code == 2 and "learning" in output
+    for system in ("berxit", "deebert"):
+        code, output = run("--system", system, "--learning-rate", 1e-3, *arguments)
+        assert code == 0, output
+
+
+def test_another_systems_work_is_not_thrown_away(encoder, reviews, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ragged_exit.models.base.EarlyExitModel.save_pretrained", None)  # after all epochs
+        run("--system", "pabee", encoder, reviews, tmp_path / "out", *SHORT, "--epochs", 1)
+    code, output = run("--system", "berxit", encoder, reviews, tmp_path / "out", *SHORT, "--epochs", 1)
+    assert code == 2 and "unfinished run of another system" in " ".join(output.split())
+
+
 def test_labels_that_validation_alone_has(encoder, reviews, tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("text,label\ngood,0\nbad,2\n")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, set_seed
 
+from ragged_exit.claims import read_claim, write_claim
 from ragged_exit.data import read_text_data, split_by_hash
 from ragged_exit.examples import Examples, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
@@ -16,7 +17,7 @@ from ragged_exit.models.cascade import CascadeBert
 from ragged_exit.models.full_depth import FullDepth
 from ragged_exit.models.layered import LayeredModel
 from ragged_exit.training.cascade import fit_cascade
-from ragged_exit.training.fit import fit
+from ragged_exit.training.fit import fit, has_progress
 from ragged_exit.training.recipes import RECIPES
 
 SYSTEM_NAMES = (*RECIPES, CascadeBert.system)
@@ -52,7 +53,8 @@ def run_fit(
     data: labelled csv, tsv, jsonl or parquet; floats are a regression's targets. valid_data: the same, or None: 15 % of
     the rows, by a hash of their ids. options: as ``fit`` takes them. A run that was stopped goes on when called again.
 
-    Raises ValueError for an unknown system, members without a cascade, or data that do not fit.
+    Raises ValueError for an unknown system, members without a cascade, data that do not fit, or a folder
+    ``out``/unfinished that holds another run's work or files of somebody else.
     """
     if system not in SYSTEM_NAMES:
         raise ValueError(f"system: expected one of {', '.join(SYSTEM_NAMES)}, got {system!r}")
@@ -73,16 +75,26 @@ def run_fit(
     model = _build(system, source, members, num_labels, pooling)
     say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows")
     run = out / RUN_FOLDER
+    _claim(run, system)
     if isinstance(model, CascadeBert):
-        fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run, **options)
+        fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run / "model", **options)
     else:
         assert isinstance(model, LayeredModel)
-        fit(model, train, valid, seed=seed, work_dir=run, **options)
+        fit(model, train, valid, seed=seed, work_dir=run / "model", **options)
     model.save_pretrained(out)
     tokenizer.model_max_length = max_length  # what the exits were trained on is where texts are cut from now on
     tokenizer.save_pretrained(out)
     shutil.rmtree(run)
     return Fitted(model, valid)
+
+
+def _claim(run: Path, system: str) -> None:
+    """Make the folder ours: it is deleted in the end."""
+    claim = {"command": "fit", "system": system}
+    found = read_claim(run, claim, "out")
+    if found not in (None, claim) and has_progress(run):
+        raise ValueError(f"out: {run} holds an unfinished run of another system; delete it first")
+    write_claim(run, claim)
 
 
 def _build(system: str, source: str, members: Sequence[str], num_labels: int, pooling: str) -> EarlyExitModel:

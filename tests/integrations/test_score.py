@@ -236,14 +236,39 @@ def test_a_raised_engine_keeps_what_is_done(checkpoint, tmp_path, small_shards):
 def test_another_runs_parts_are_refused(checkpoint, tmp_path, small_shards):
     source = write(tmp_path / "in.parquet", texts(40))
 
-    def dies(options, shards):
+    def dies_after_one(options, shards):
+        yield next(score_module.score_locally(options, shards))
         raise KeyboardInterrupt
-        yield
 
     with pytest.raises(KeyboardInterrupt):
-        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies)
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies_after_one)
     with pytest.raises(ValueError, match="another model, input or options"):
         score_file(ScoreOptions(str(checkpoint), threshold=0.1), source, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": float("nan")}, {"model": "nowhere"}, {"text": "words"}, {"text": "other"}], ids=str
+)
+def test_a_call_that_failed_does_not_block_the_right_one(wrong, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = write(tmp_path / "in.parquet", texts(4), other=[[1]] * 4)
+    options = {"model": str(checkpoint)} | {name: value for name, value in wrong.items() if name != "text"}
+    with pytest.raises((ValueError, OSError)):
+        score_file(ScoreOptions(**options), source, tmp_path / "out.csv", text=wrong.get("text", "text"))
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "run.json"])
+def test_a_folder_that_is_not_ours_is_refused_and_stays(name, checkpoint, tmp_path):
+    precious = tmp_path / "out.csv.parts" / name
+    precious.parent.mkdir()
+    source = write(tmp_path / "in.csv", texts(4))
+    precious.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"out: the folder .*parts holds files that are no unfinished run"):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv")
+    assert precious.read_text() == '{"a": 1}'
+    precious.unlink()  # an empty folder is nobody's
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv").rows == 4
 
 
 def test_killed_three_times_and_resumed_is_uninterrupted(checkpoint, tmp_path):
