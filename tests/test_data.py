@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.data import TextData, count_outputs, read_text_data, split_by_hash
 
 TEXTS = [
     "plain",
@@ -117,6 +117,52 @@ def test_texts_that_look_like_something_else_stay_text(tmp_path, text):
     for path in (tmp_path / "a.csv", tmp_path / "a.tsv"):
         data = read_text_data(write(path, {"id": ["007"], "body": [text], "label": [1]}), text="body")
         assert (data.texts, data.ids) == ([text], ["007"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "known", "found", "names"),
+    [
+        (["c", "a"], ["a", "b", "c"], [2, 0], ["a", "b", "c"]),
+        ([1, 0], ["a", "b"], [1, 0], None),
+        ([3, 1], ["1", "2", "3"], [2, 0], ["1", "2", "3"]),  # a file with "3" among words, and one without words
+        ([1, 0], [], [1, 0], None),
+        ([0.5, 1.0], ["a", "b"], [0.5, 1.0], None),
+    ],
+)
+def test_labels_of_a_later_file_are_known_by_name(labels, known, found, names, tmp_path, suffix):
+    data = read_text_data(write(tmp_path / f"a.{suffix}", {"text": ["x", "y"], "label": labels}), label_names=known)
+    assert (data.labels, data.label_names) == (found, names)
+
+
+@pytest.mark.parametrize(("known", "told"), [(["a", "b"], "a, b"), ([], "none, labels are numbers")])
+def test_an_unknown_class_is_refused(known, told, tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", {"text": ["x", "y"], "label": ["a" if known else "z", "z"]})
+    row = 2 if known else 1
+    with pytest.raises(
+        ValueError, match=f"column 'label' has the unknown class 'z' in row {row}; known classes: {told}"
+    ):
+        read_text_data(path, label_names=known)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0] * 4, r"at least 2 classes, got \[0\]"),
+        ([1] * 4, r"at least 2 classes, got \[1\]"),
+        ([0, 1, -1, 0], "classes from 0 on, got -1"),
+        ([0, 1, 10**12, 0], "at most one class for every training row, 3, got 1000000000001"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, message):
+    with pytest.raises(ValueError, match=f"label: expected {message}"):
+        count_outputs(TextData(list("abcd"), None, labels, list("0123")), 3)
+
+
+def test_outputs_of_a_model_of_these_labels():
+    def count(labels, names=None):
+        return count_outputs(TextData(list("abcd"), None, labels, list("0123"), names), 4)
+
+    assert (count([0, 2, 0, 1]), count([0, 1, 0, 1], ["a", "b", "c"]), count([0.5, 1.0, 2.0, 0.0])) == (3, 3, 1)
 
 
 ODD = ["2020-01-01", "2020-01-01T10:00:00", "10:00", "1e5", "true", "null"]

@@ -17,7 +17,7 @@ from ragged_exit.bench.report import Report
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
-from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.data import TextData, count_outputs, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, tokenise
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import is_early_exit, load
@@ -56,7 +56,7 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say, see
     tokenizer = AutoTokenizer.from_pretrained(source)
     parts = [data.select(rows) for rows in split_by_hash(data.ids)]
     train, valid, test = (_tokenise(tokenizer, part) for part in parts)
-    model = _model(source, train, valid, num_labels=max(data.labels) + 1, seed=seed, say=say)  # type: ignore[type-var,arg-type,operator]
+    model = _model(source, data, train, valid, seed=seed, say=say)
     return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, valid, test)
 
 
@@ -98,7 +98,7 @@ def _tokenise(tokenizer, data: TextData) -> Workload:
     return Workload(examples.sequences, torch.tensor(examples.labels), examples.token_type_ids)
 
 
-def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, seed: int, say: Say) -> DeeBert:
+def _model(source: str, data: TextData, train: Workload, valid: Workload, *, seed: int, say: Say) -> DeeBert:
     if is_early_exit(source):
         model = load(source)
         if not isinstance(model, DeeBert):
@@ -106,6 +106,7 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
         if model.rule.initial_state(1, model.device):
             raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
         return model
+    num_labels = count_outputs(data, len(train))
     what = repr((_REVISION, source, num_labels, seed, train.sequences[:100], len(train)))
     key = hashlib.sha256(what.encode()).hexdigest()[:16]
     cached = embedded.cache_dir() / "heads" / key
