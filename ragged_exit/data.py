@@ -6,16 +6,18 @@ Nothing here knows a model: texts stay strings, labels become integers (classifi
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -74,6 +76,7 @@ def read_text_data(
     text2: str | None = None,
     label: str = "label",
     require_labels: bool = True,
+    label_names: Sequence[str] | None = None,
 ) -> TextData:
     """Reads a .csv, .tsv, .jsonl or .parquet file with a header (or field names) into `TextData`.
 
@@ -82,30 +85,35 @@ def read_text_data(
     label: integers are kept as they are; floats are regression targets, unless every one is a whole number, then
         they are classes too; strings and booleans become indices into their sorted distinct values (`label_names`).
     require_labels: False lets the label column be absent (`labels=None`).
+    label_names: the classes that there are, as another file or a checkpoint has them: named labels become indices into
+        these, and whole numbers that are not all among the names stay as they are. Empty: only numbers are labels.
 
     Row ids are the column `id` if there is one, else the row's position ("0", "1", …). In a .tsv quote characters are
     ordinary text. In .csv and .tsv an empty cell is null (in a .csv `""` is the empty string), and nothing else is:
-    `NA` is a word.
+    `NA` is a word. Texts, ids and string labels stay as they are written, whatever they look like.
 
     Raises ValueError, naming the file, for an unknown suffix, an unreadable or empty file, a missing or repeated
-    column, a column of the wrong type, and a null cell (rows are counted from 1); FileNotFoundError without a file.
+    column, a column of the wrong type, a name that `label_names` does not have, and a null cell (rows are counted
+    from 1); FileNotFoundError without a file.
     """
     path = Path(path)
-    table = _read_table(path, keep_as_text=(*_PARTNER, *_PARTNER.values(), text, text2 or text, _ID))
+    table = _read_table(path, {*_PARTNER, *_PARTNER.values(), text, text2 or text, label, _ID})
     if table.num_rows == 0:
         raise ValueError(f"{path}: the file is empty, expected at least one row")
     names = table.column_names
     text, text2 = text_columns(names, text, text2)
 
     has_labels = require_labels or label in names
-    labels, label_names = _labels(path, label, _column(path, table, label)) if has_labels else (None, None)
+    labels, names_found = None, None
+    if has_labels:
+        labels, names_found = _labels(path, label, _column(path, table, label), label_names)
     ids = _column(path, table, _ID).cast(pa.string()).to_pylist() if _ID in names else map(str, range(table.num_rows))
     return TextData(
         texts=_strings(path, table, text),
         text_pairs=None if text2 is None else _strings(path, table, text2),
         labels=labels,
         ids=list(ids),
-        label_names=label_names,
+        label_names=names_found,
     )
 
 
@@ -116,6 +124,25 @@ def text_columns(names: Sequence[str], text: str = "text", text2: str | None = N
     if text2 is None and (partner := _PARTNER.get(text, "text2")) in names:
         text2 = partner
     return text, text2
+
+
+def count_outputs(data: TextData, rows: int) -> int:
+    """How many outputs a model of these labels has: 1 for a regression, else a class for every name or number.
+
+    Raises ValueError for labels of fewer than 2 classes, negative ones, and more classes than ``rows`` to learn from:
+    large numbers are ids or targets, no classes.
+    """
+    if data.is_regression:
+        return 1
+    labels = [int(label) for label in data.labels or ()]
+    if len(set(labels)) < 2:
+        raise ValueError(f"label: expected at least 2 classes, got {sorted(set(labels))}")
+    count = max(labels) + 1 if data.label_names is None else len(data.label_names)
+    if min(labels) < 0:
+        raise ValueError(f"label: expected classes from 0 on, got {min(labels)}")
+    if count > rows:
+        raise ValueError(f"label: expected at most one class for every training row, {rows}, got {count} classes")
+    return count
 
 
 def split_by_hash(ids: Iterable[str], fractions: Sequence[float] = (0.70, 0.15, 0.15)) -> tuple[list[int], ...]:
@@ -137,7 +164,44 @@ def split_by_hash(ids: Iterable[str], fractions: Sequence[float] = (0.70, 0.15, 
     return parts
 
 
-def _read_table(path: Path, keep_as_text: Iterable[str]) -> pa.Table:
+def json_lines(path: Path, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every object of a .jsonl file with its line, counted from 1; blank lines are skipped. options: JSONDecoder's.
+
+    Arrow's reader would turn strings that look like dates into dates, and large integers into floats. Raises
+    ValueError, naming file and line, for a line that is no object.
+    """
+    decode = json.JSONDecoder(**options).decode
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _json_object(decode, line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        problem = getattr(error, "msg", error)  # without the position that json adds: it has a line number, too
+        raise ValueError(f"{path}: not readable as jsonl: line {number}: {problem}") from error
+
+
+def _json_object(decode: Callable[[str], Any], line: str) -> dict[str, Any]:
+    row = decode(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    if "\\u" in line:
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    return row
+
+
+def as_written(value: Any) -> str | None:
+    """A JSON value's text; null stays None. Raises ArrowTypeError for lists and objects."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | dict):
+        raise pa.ArrowTypeError(f"expected a string or a number, got {value!r:.80}")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_table(path: Path, wanted: set[str]) -> pa.Table:
+    """The columns ``wanted`` as they are written; of the others the names are right."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, got {suffix or 'no suffix'!r}")
@@ -149,22 +213,33 @@ def _read_table(path: Path, keep_as_text: Iterable[str]) -> pa.Table:
         if suffix == ".parquet":
             return pa.parquet.read_table(path)
         if suffix == ".jsonl":
-            return pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=block_size))
+            return _read_jsonl(path, wanted)
         quoting = {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
         return pa.csv.read_csv(
             path,
             read_options=pa.csv.ReadOptions(block_size=block_size),
             parse_options=pa.csv.ParseOptions(**quoting),
             convert_options=pa.csv.ConvertOptions(
-                # Texts and ids that look like numbers or dates must stay as they were written.
-                column_types=dict.fromkeys(keep_as_text, pa.string()),
+                column_types=dict.fromkeys(wanted, pa.string()),  # even what looks like numbers or dates
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
             ),
         )
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"{path}: not readable as {suffix[1:]}: {error}") from error
+
+
+def _read_jsonl(path: Path, wanted: set[str]) -> pa.Table:
+    rows = [row for _, row in json_lines(path)]
+
+    def column(name: str) -> Any:
+        if name not in wanted:
+            return pa.nulls(len(rows))
+        values = [row.get(name) for row in rows]
+        return pa.array([as_written(value) for value in values], pa.string()) if name == _ID else pa.array(values)
+
+    return pa.table({name: column(name) for name in dict.fromkeys(name for row in rows for name in row)})
 
 
 def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -188,13 +263,20 @@ def _strings(path: Path, table: pa.Table, name: str) -> list[str]:
     return column.to_pylist()
 
 
-def _labels(path: Path, name: str, column: pa.ChunkedArray) -> tuple[list[int] | list[float], list[str] | None]:
+def _labels(
+    path: Path, name: str, column: pa.ChunkedArray, known: Sequence[str] | None
+) -> tuple[list[int] | list[float], list[str] | None]:
     """Labels and, where the classes have names, those."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    written = None if _is_real(column) else _label_texts(path, name, column)
+    if known and written is not None and set(written) <= set(known):
+        return _indices(written, known), list(known)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        column = _numbers_if_all_are(column)
     if pa.types.is_integer(column.type):
         return column.to_pylist(), None
-    if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+    if _is_real(column):
         values = [float(value) for value in column.to_pylist()]
         row = next((i for i, value in enumerate(values, start=1) if not math.isfinite(value)), None)
         if row is not None:
@@ -202,10 +284,36 @@ def _labels(path: Path, name: str, column: pa.ChunkedArray) -> tuple[list[int] |
         if all(value.is_integer() for value in values):
             return [int(value) for value in values], None
         return values, None
+    assert written is not None
+    if known is not None:
+        row, text = next((i, text) for i, text in enumerate(written, start=1) if text not in known)
+        names = ", ".join(known) or "none, labels are numbers"
+        raise ValueError(f"{path}: column {name!r} has the unknown class {text!r} in row {row}; known classes: {names}")
+    classes = sorted(set(written))
+    return _indices(written, classes), classes
+
+
+def _is_real(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
+
+
+def _label_texts(path: Path, name: str, column: pa.ChunkedArray) -> list[str]:
     try:
-        values = column.cast(pa.string()).to_pylist()
+        return column.cast(pa.string()).to_pylist()
     except pa.ArrowException as error:
         raise ValueError(f"{path}: column {name!r} must hold numbers or strings, got {column.type}") from error
-    classes = sorted(set(values))
+
+
+def _indices(values: Sequence[str], classes: Sequence[str]) -> list[int]:
     index = {value: i for i, value in enumerate(classes)}
-    return [index[value] for value in values], classes
+    return [index[value] for value in values]
+
+
+def _numbers_if_all_are(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cells of text as integers, else as floats, else as they are."""
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            return pa.compute.utf8_trim_whitespace(column).cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column

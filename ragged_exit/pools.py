@@ -14,9 +14,7 @@ from ragged_exit.buffers import Buffers
 from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, Survivors, conclude
 
 MAX_WAIT = 64  # batches that may enter before a row that waits is run, full pool or not
-MAX_BUDGET = (
-    65_535 * 16
-)  # tokens a launch, and so rows: of 16 there is a block of the exit kernels, whose grid ends there
+MAX_BUDGET = 65_535 * 16  # tokens a launch, and so rows: the exit kernels' grid has no more blocks of 16
 IN_FLIGHT = 2  # stages queued on a device: one is running while the host reads the other's outcome
 
 

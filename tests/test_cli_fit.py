@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import ragged_exit as rx
+from ragged_exit.calibration.job import read_examples
 from ragged_exit.cli import app
 from ragged_exit.training.job import RUN_FOLDER
 
@@ -69,6 +70,51 @@ def test_fit_a_regression(encoder, reviews, tmp_path):
     assert "pearson" in output and rx.load(tmp_path / "out").config.num_labels == 1
 
 
+def named(reviews: Path, path: Path, names=("bad", "good"), rows: slice = slice(None)) -> Path:
+    """The reviews with names for labels."""
+    header, *lines = reviews.read_text().splitlines()
+    path.write_text("\n".join([header, *(f"{line[:-1]}{names[int(line[-1])]}" for line in lines[rows])]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("system", [("deebert",), ("cascade", "--folds", 0, "--member")])
+def test_class_names_are_kept_and_asked_for(system, encoder, reviews, tmp_path):
+    members = [encoder] if len(system) > 1 else []
+    train, out = named(reviews, tmp_path / "train.csv"), tmp_path / "out"
+    valid = tmp_path / "valid.csv"  # of one class, the second in the training file
+    valid.write_text("text,label\n" + "the film was great,good\n" * 9)
+    code, output = run("--system", *system, *members, "--valid", valid, encoder, train, out, *SHORT)
+    assert code == 0, output
+    assert "1.0000" in output  # accuracy
+    assert rx.load(out).config.id2label == {0: "bad", 1: "good"}
+    assert rx.load(out).config.label2id == {"bad": 0, "good": 1}
+    assert read_examples(out, valid, None).labels == [1] * 9
+    assert read_examples(out, reviews, None).labels == [int(line[-1]) for line in reviews.read_text().splitlines()[1:]]
+    other = named(reviews, tmp_path / "other.csv", ("bad", "fine"))
+    for command in ("calibrate", "inspect"):
+        result = CliRunner().invoke(app, [command, str(out), str(other)])
+        told = " ".join(result.output.split())
+        assert result.exit_code == 2 and "unknown class 'fine'" in told and "known classes: bad, good" in told
+    code, output = run("--system", *system, *members, "--valid", other, encoder, train, tmp_path / "out2", *SHORT)
+    assert code == 2 and "unknown class 'fine'" in " ".join(output.split())
+
+
+def test_names_are_not_asked_for_where_classes_are_numbers(encoder, reviews, tmp_path):
+    valid = named(reviews, tmp_path / "valid.csv")
+    code, output = run("--system", "pabee", "--valid", valid, encoder, reviews, tmp_path / "out", *SHORT)
+    assert code == 2 and "unknown class" in output and "labels are numbers" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("system", ["deebert", "pabee", "berxit", "fastbert"])
+@pytest.mark.parametrize("label", ["0", "only", "1000000000000", "-1"])
+def test_labels_that_are_no_classes_are_refused(system, label, encoder, tmp_path):
+    data = tmp_path / "data.csv"
+    other = "0" if label[-2:] in ("00", "-1") else label
+    data.write_text("text,label\n" + f"good,{label}\n" * 30 + f"bad,{other}\n" * 30)
+    code, output = run("--system", system, encoder, data, tmp_path / "out", *SHORT)
+    assert code == 2 and "error label: expected" in output and "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -80,6 +126,33 @@ def test_fit_a_regression(encoder, reviews, tmp_path):
 def test_bad_arguments_are_one_clear_line(options, message, encoder, reviews, tmp_path):
     code, output = run(*options, encoder, reviews, tmp_path / "out")
     assert code == 2 and f"error {message}" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("system", [("deebert",), ("cascade", "--folds", 2, "--member")])
+def test_a_folder_that_is_not_ours_is_refused_and_stays(system, encoder, reviews, tmp_path):
+    precious = tmp_path / "out" / RUN_FOLDER / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    members = [encoder] if len(system) > 1 else []
+    code, output = run("--system", *system, *members, encoder, reviews, tmp_path / "out", *SHORT)
+    assert code == 2 and "error out: the folder" in output and precious.read_text() == "mine"
+
+
+def test_a_call_that_failed_does_not_block_the_right_one(encoder, reviews, tmp_path):
+    arguments = ("--freeze-backbone", "--epochs", 1, encoder, reviews, tmp_path / "out")
+    code, output = run("--system", "deebert", "--learning-rate", "nan", *arguments)
+    assert code == 2 and "learning" in output
+    for system in ("berxit", "deebert"):
+        code, output = run("--system", system, "--learning-rate", 1e-3, *arguments)
+        assert code == 0, output
+
+
+def test_another_systems_work_is_not_thrown_away(encoder, reviews, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ragged_exit.models.base.EarlyExitModel.save_pretrained", None)  # after all epochs
+        run("--system", "pabee", encoder, reviews, tmp_path / "out", *SHORT, "--epochs", 1)
+    code, output = run("--system", "berxit", encoder, reviews, tmp_path / "out", *SHORT, "--epochs", 1)
+    assert code == 2 and "unfinished run of another system" in " ".join(output.split())
 
 
 def test_labels_that_validation_alone_has(encoder, reviews, tmp_path):

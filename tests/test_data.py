@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.data import TextData, count_outputs, read_text_data, split_by_hash
 
 TEXTS = [
     "plain",
@@ -119,6 +119,79 @@ def test_texts_that_look_like_something_else_stay_text(tmp_path, text):
         assert (data.texts, data.ids) == ([text], ["007"])
 
 
+@pytest.mark.parametrize(
+    ("labels", "known", "found", "names"),
+    [
+        (["c", "a"], ["a", "b", "c"], [2, 0], ["a", "b", "c"]),
+        ([1, 0], ["a", "b"], [1, 0], None),
+        ([3, 1], ["1", "2", "3"], [2, 0], ["1", "2", "3"]),  # a file with "3" among words, and one without words
+        ([1, 0], [], [1, 0], None),
+        ([0.5, 1.0], ["a", "b"], [0.5, 1.0], None),
+    ],
+)
+def test_labels_of_a_later_file_are_known_by_name(labels, known, found, names, tmp_path, suffix):
+    data = read_text_data(write(tmp_path / f"a.{suffix}", {"text": ["x", "y"], "label": labels}), label_names=known)
+    assert (data.labels, data.label_names) == (found, names)
+
+
+@pytest.mark.parametrize(("known", "told"), [(["a", "b"], "a, b"), ([], "none, labels are numbers")])
+def test_an_unknown_class_is_refused(known, told, tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", {"text": ["x", "y"], "label": ["a" if known else "z", "z"]})
+    row = 2 if known else 1
+    with pytest.raises(
+        ValueError, match=f"column 'label' has the unknown class 'z' in row {row}; known classes: {told}"
+    ):
+        read_text_data(path, label_names=known)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0] * 4, r"at least 2 classes, got \[0\]"),
+        ([1] * 4, r"at least 2 classes, got \[1\]"),
+        ([0, 1, -1, 0], "classes from 0 on, got -1"),
+        ([0, 1, 10**12, 0], "at most one class for every training row, 3, got 1000000000001"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, message):
+    with pytest.raises(ValueError, match=f"label: expected {message}"):
+        count_outputs(TextData(list("abcd"), None, labels, list("0123")), 3)
+
+
+def test_outputs_of_a_model_of_these_labels():
+    def count(labels, names=None):
+        return count_outputs(TextData(list("abcd"), None, labels, list("0123"), names), 4)
+
+    assert (count([0, 2, 0, 1]), count([0, 1, 0, 1], ["a", "b", "c"]), count([0.5, 1.0, 2.0, 0.0])) == (3, 3, 1)
+
+
+ODD = ["2020-01-01", "2020-01-01T10:00:00", "10:00", "1e5", "true", "null"]
+
+
+def test_texts_ids_and_label_names_come_through_as_written(tmp_path, suffix):
+    names = ["2020-01-01T10:00:00", "2021-01-01T10:00:00"] * 3
+    data = read_text_data(write(tmp_path / f"a.{suffix}", {"id": ODD, "text": ODD, "label": names}))
+    assert data.texts == data.ids == ODD
+    assert data.label_names == names[:2] and data.labels == [0, 1] * 3
+
+
+def test_booleans_in_csv_stay_as_written(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,True\nb,False\n")
+    assert read_text_data(tmp_path / "a.csv").label_names == ["False", "True"]
+
+
+@pytest.mark.parametrize("cells", [(" 1", "2 "), ("1", "2.0"), ("01", "2e0")])
+def test_numbers_in_csv_are_numbers(tmp_path, cells):
+    (tmp_path / "a.csv").write_text("text,label\na,{}\nb,{}\n".format(*cells))
+    assert (read_text_data(tmp_path / "a.csv").labels, read_text_data(tmp_path / "a.csv").label_names) == ([1, 2], None)
+
+
+def test_large_json_ids_and_columns_that_nobody_asked_for(tmp_path):
+    ids = [2**53 + 1, 2**63, 2**80, True]
+    path = write(tmp_path / "a.jsonl", {"id": ids, "text": list("abcd"), "label": [0] * 4, "meta": [1, "x", [], None]})
+    assert read_text_data(path).ids == [str(2**53 + 1), str(2**63), str(2**80), "true"]
+
+
 def test_csv_newlines_in_quotes_byte_order_mark_and_empty_string(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'\xef\xbb\xbftext,label\r\n"two\nlines",0\r\n"",1\r\n')
@@ -165,7 +238,12 @@ def test_labels_may_be_absent_only_on_request(tmp_path, suffix):
         ("a.jsonl", "", "the file is empty"),
         ("a.jsonl", '{"text": 3, "label": 1}\n', "column 'text' must hold strings, got int64"),
         ("a.jsonl", '{"text": "a", "label": [1]}\n', "column 'label' must hold numbers or strings, got list"),
-        ("a.jsonl", "{broken\n", "not readable as jsonl"),
+        ("a.jsonl", '{"text": "a", "id": [], "label": 1}\n', "string or a number, got \\[\\]"),
+        ("a.jsonl", '{"text": "a", "label": 100000000000000000000}\n', "not readable as jsonl"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n{broken\n', "not readable as jsonl: line 3: Expecting property name"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "\udce9"}\n', "not readable as jsonl: line 2: 'utf-8'"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "not readable as jsonl: line 1: 'utf-8'"),
+        ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
         ("a.parquet", "not parquet", "not readable as parquet"),
         ("a.txt", "text,label\na,1\n", r"expected a file that ends in \.csv, .*got '\.txt'"),
         ("a", "text,label\na,1\n", "got 'no suffix'"),

@@ -16,7 +16,7 @@ from ragged_exit.bench.report import Report
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
-from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.data import TextData, count_outputs, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, read_tokenizer, tokenise
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import is_early_exit, load
@@ -55,7 +55,7 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say, see
     tokenizer = read_tokenizer(source)
     parts = [data.select(rows) for rows in split_by_hash(data.ids)]
     train, valid, test = (_tokenise(tokenizer, part) for part in parts)
-    model = _model(source, train, valid, num_labels=max(data.labels) + 1, seed=seed, say=say)  # type: ignore[type-var,arg-type,operator]
+    model = _model(source, data, train, valid, seed=seed, say=say)
     return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, valid, test)
 
 
@@ -108,7 +108,7 @@ def _heads_key(source: str, train: Workload, num_labels: int, seed: int) -> str:
     return key.hexdigest()[:16]
 
 
-def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, seed: int, say: Say) -> DeeBert:
+def _model(source: str, data: TextData, train: Workload, valid: Workload, *, seed: int, say: Say) -> DeeBert:
     if is_early_exit(source):
         model = load(source)
         if not isinstance(model, DeeBert):
@@ -116,6 +116,7 @@ def _model(source: str, train: Workload, valid: Workload, *, num_labels: int, se
         if model.rule.initial_state(1, model.device):
             raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
         return model
+    num_labels = count_outputs(data, len(train))
     cached = embedded.cache_dir() / "heads" / _heads_key(source, train, num_labels, seed)
     if (cached / "model.safetensors").is_file():
         say(f"heads from {cached}")

@@ -64,9 +64,19 @@ def run_calibrate(
 
 
 def read_examples(directory: Path, data: Path, max_length: int | None) -> Examples:
-    """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some."""
+    """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some.
+
+    Raises ValueError for string labels that are not among the names of the checkpoint's classes.
+    """
     tokenizer = read_tokenizer(directory)
-    return tokenise(tokenizer, read_text_data(data, require_labels=False), max_length=max_length)
+    text = read_text_data(data, require_labels=False, label_names=_label_names(directory))
+    return tokenise(tokenizer, text, max_length=max_length)
+
+
+def _label_names(directory: Path) -> list[str]:
+    """None are written where they are transformers' own, LABEL_0 and so on, and classes are known by numbers."""
+    names = _read_config(directory).get("id2label") or {}
+    return [names[label] for label in sorted(names, key=int)]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

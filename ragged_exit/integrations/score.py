@@ -12,9 +12,11 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
+from ragged_exit.claims import read_claim, write_claim, write_json
 from ragged_exit.integrations.scorer import ScoreOptions, Scorer
-from ragged_exit.integrations.shards import check_suffix, join, split, write_whole
+from ragged_exit.integrations.shards import check_suffix, check_tsv_ids, join, split, write_whole
 
+_LISTING = "shards.json"
 Engine = Callable[[ScoreOptions, Sequence["Shard"]], Iterator[int]]
 
 
@@ -62,19 +64,19 @@ def score_file(
     arguments and the missing shards are answered, no row is lost or repeated, and ``out`` is what an uninterrupted run
     writes. on_rows: told (rows done, rows in all) as shards finish.
 
-    Raises ValueError for file names that are no table's, unreadable input, an ``out`` that is there already, or parts
-    of a run with other arguments; FileNotFoundError without an input.
+    Raises ValueError for file names that are no table's, unreadable input, ids that a .tsv cannot hold (empty, or with
+    a tab or line break), an ``out`` that is there already, a folder of that name with anything else in it, or answers
+    of a run with other arguments there; FileNotFoundError without an input.
     """
     check_suffix(source, "in")
     check_suffix(out, "out")
     if not source.is_file():
         raise FileNotFoundError(f"in: no file {source}")
     folder = out.with_name(out.name + ".parts")
-    if out.exists() and not folder.exists():
-        raise ValueError(f"out: {out} is there already; delete it or give another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, options, source, text, text2)
+    _claim(folder, out, options, source, text, text2)
     sources = _split_once(source, folder, text, text2)
+    if out.suffix.lower() == ".tsv":
+        check_tsv_ids(sources)
     shards = [Shard(str(path), str(path.with_name("out" + path.name[2:]))) for path in sources]
     total = sum(_rows_of(shard.source) for shard in shards)
     missing = [shard for shard in shards if not Path(shard.target).is_file()]
@@ -89,8 +91,8 @@ def score_file(
     return Scored(total, errors)
 
 
-def _claim(folder: Path, options: ScoreOptions, source: Path, text: str, text2: str | None) -> None:
-    """Refuse parts that another run left."""
+def _claim(folder: Path, out: Path, options: ScoreOptions, source: Path, text: str, text2: str | None) -> None:
+    """Claim ``folder`` for this run, unless another run has answers there: one that answered nothing is in no way."""
     stat = source.stat()
     weights = [[path.name, _digest(path)] for path in sorted(Path(options.model).glob("*")) if path.is_file()]
     run = {
@@ -99,27 +101,25 @@ def _claim(folder: Path, options: ScoreOptions, source: Path, text: str, text2: 
         "in": [str(source.resolve()), stat.st_size, stat.st_mtime_ns],
         "columns": [text, text2],
     }
-    file = folder / "run.json"
-    if not file.is_file():
-        _write_json(file, run)
-    elif json.loads(file.read_text()) != run:
+    found = read_claim(folder, run, "out")
+    if found == run:
+        return
+    if out.exists():
+        raise ValueError(f"out: {out} is there already; delete it or give another name")
+    if found is not None and any(folder.glob("out-*.parquet")):
         raise ValueError(f"out: {folder} holds parts of a run with another model, input or options; delete it first")
+    (folder / _LISTING).unlink(missing_ok=True)
+    write_claim(folder, run)
 
 
 def _split_once(source: Path, folder: Path, text: str, text2: str | None) -> list[Path]:
-    listing = folder / "shards.json"
+    listing = folder / _LISTING
     if not listing.is_file():  # a split that was cut short starts again: it writes the same files
         paths = split(source, folder, text, text2)
         if not paths:
             raise ValueError(f"in: {source} has no rows")
-        _write_json(listing, [path.name for path in paths])
+        write_json(listing, [path.name for path in paths])
     return [folder / name for name in json.loads(listing.read_text())]
-
-
-def _write_json(path: Path, value: object) -> None:
-    scratch = path.with_name("." + path.name)
-    scratch.write_text(json.dumps(value))
-    scratch.replace(path)
 
 
 def _digest(path: Path) -> str:

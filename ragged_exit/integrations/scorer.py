@@ -55,7 +55,8 @@ class Scorer:
 
         A row that cannot be answered has an ``error`` and nulls; the others are answered all the same.
         """
-        encoded = self._encode(texts)
+        missing = _missing(texts)
+        encoded = self._encode(texts, missing)
         rows = list(self.fast.stream(encoded, self.options.token_budget))
         logits = [None if row.logits is None else row.logits.tolist() for row in rows]
         answer = pa.array(
@@ -70,17 +71,15 @@ class Scorer:
                 "exit_member": pa.array([row.exit_member for row in rows], pa.int32()),
                 "executed_layers": pa.array([row.executed_layers for row in rows], pa.int32()),
                 "logits": pa.array(logits, pa.list_(pa.float32())),
-                "error": pa.array([row.error for row in rows], pa.string()),
+                "error": pa.array([told or row.error for told, row in zip(missing, rows, strict=True)], pa.string()),
             }
         )
 
-    def _encode(self, texts: pa.Table) -> list[dict[str, list[int]]]:
-        """Token ids a row; none where a text is null, which ``stream`` reports."""
+    def _encode(self, texts: pa.Table, missing: list[str | None]) -> list[dict[str, list[int]]]:
+        """Token ids a row; none where a text is missing."""
         first = texts.column("text").to_pylist()
         second = texts.column("text2").to_pylist() if "text2" in texts.column_names else None
-        good = [
-            row for row, text in enumerate(first) if text is not None and (second is None or second[row] is not None)
-        ]
+        good = [row for row, told in enumerate(missing) if told is None]
         rows: list[dict[str, list[int]]] = [{"input_ids": []} for _ in first]
         if good:
             pairs = None if second is None else [second[row] for row in good]
@@ -90,6 +89,13 @@ class Scorer:
                 if second is not None and "token_type_ids" in encoded:
                     rows[row]["token_type_ids"] = encoded["token_type_ids"][place]
         return rows
+
+
+def _missing(texts: pa.Table) -> list[str | None]:
+    """What is wrong with the rows that have a null for a text."""
+    names = [name for name in ("text", "text2") if name in texts.column_names]
+    rows = zip(*(texts.column(name).is_valid().to_pylist() for name in names), strict=True)
+    return [None if all(row) else f"{names[row.index(False)]}: expected a string, got null" for row in rows]
 
 
 def _answer(row: RowResult, regression: bool) -> float | int | None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.dataset
-import pyarrow.json
 import pyarrow.parquet
 
-from ragged_exit.data import SUFFIXES, text_columns
+from ragged_exit.data import SUFFIXES, as_written, json_lines, text_columns
 
 SHARD_ROWS = 4096
+SHARD_BYTES = 1 << 26  # of long texts fewer rows, so that memory stays flat
+_LARGEST_BLOCK = 2**31 - 1
+_TSV_BREAKS = re.compile(r"[\t\r\n]")
+
+
+class _RowTooLong(Exception):
+    """A row does not fit into one of the reader's blocks."""
 
 
 def write_whole(path: Path, table: pa.Table) -> None:
@@ -29,38 +36,61 @@ def write_whole(path: Path, table: pa.Table) -> None:
 def split(source: Path, folder: Path, text: str, text2: str | None, *, shard_rows: int = SHARD_ROWS) -> list[Path]:
     """Write the rows of ``source`` to ``folder`` as shards with the columns id, text[, text2]; their paths in order.
 
-    Reads a block at a time. id is the column of that name, else the row's position. Raises ValueError for a column
-    that is not there, or a file that cannot be read.
+    Reads a block at a time. id is the column of that name, else the row's position. Texts and ids stay as they are
+    written. Raises ValueError for a column that is not there, or a file that cannot be read.
     """
+    block_size = 1 << 20
+    while True:
+        try:
+            return _split(_numbered(_read(source, text, text2, block_size)), folder, shard_rows)
+        except _RowTooLong:  # begin again: the same files are written
+            block_size = min(4 * block_size, _LARGEST_BLOCK)
+
+
+def _split(batches: Iterable[pa.RecordBatch], folder: Path, shard_rows: int) -> list[Path]:
     paths: list[Path] = []
     waiting: list[pa.RecordBatch] = []
-    count = 0
+    count = size = 0
 
     def flush(rows: int) -> None:
-        nonlocal waiting, count
+        nonlocal waiting, count, size
         table = pa.Table.from_batches(waiting)
         paths.append(folder / f"in-{len(paths):06d}.parquet")
         write_whole(paths[-1], table.slice(0, rows).combine_chunks())
         rest = table.slice(rows)
-        waiting, count = rest.to_batches(), len(rest)
+        waiting, count, size = rest.to_batches(), len(rest), rest.nbytes
 
-    for batch in _numbered(_read(source, text, text2)):
+    for batch in batches:
         waiting.append(batch)
         count += len(batch)
+        size += batch.nbytes
         while count >= shard_rows:
             flush(shard_rows)
+        if size >= SHARD_BYTES:
+            flush(count)
     if count:
         flush(count)
     return paths
 
 
 def join(parts: Iterable[Path], out: Path) -> None:
-    """Write the shards ``parts``, in their order, to one .parquet, .jsonl, .csv or .tsv file, whole or not at all."""
+    """Write the shards ``parts``, in their order, to one .parquet, .jsonl, .csv or .tsv file, whole or not at all.
+
+    In a .tsv a tab or line break inside a cell becomes a space; see ``check_tsv_ids``.
+    """
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     tables = (pa.parquet.read_table(part) for part in parts)
     writers = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": _write_csv, ".tsv": _write_tsv}
     writers[out.suffix.lower()](tables, scratch)
     _publish(scratch, out)
+
+
+def check_tsv_ids(shards: Iterable[Path]) -> None:
+    """Raise ValueError for an id that a .tsv cannot hold: there is no way to write it that reads back."""
+    for shard in shards:
+        for cell in pa.parquet.read_table(shard, columns=["id"]).column("id").to_pylist():
+            if cell is not None and (not cell or _TSV_BREAKS.search(cell)):
+                raise ValueError(f"out: a .tsv cannot hold the id {cell!r}; write a .csv, .jsonl or .parquet")
 
 
 def check_suffix(path: Path, name: str) -> None:
@@ -75,39 +105,74 @@ def _publish(scratch: Path, path: Path) -> None:
     scratch.replace(path)
 
 
-def _read(source: Path, text: str, text2: str | None) -> Iterator[pa.RecordBatch]:
+def _read(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
     """Batches of the columns text[, text2][, id], as strings."""
+    read = _read_jsonl if source.suffix.lower() == ".jsonl" else _read_dataset
     try:
-        names = pa.dataset.dataset(source, format=_format(source, ())).schema.names
-        text, text2 = text_columns(names, text, text2)
-        columns = {"text": text} | ({} if text2 is None else {"text2": text2}) | ({"id": "id"} if "id" in names else {})
-        missing = [column for column in columns.values() if column not in names]
-        if missing:
-            raise ValueError(f"{source}: no column {missing[0]!r}; the file has the columns {names}")
-        table = pa.dataset.dataset(source, format=_format(source, columns.values()))
-        wanted = {name: pa.dataset.field(column).cast(pa.string()) for name, column in columns.items()}
-        yield from table.to_batches(columns=wanted)
+        yield from read(source, text, text2, block_size)
     except (pa.ArrowException, OSError) as error:
+        if "straddling object" in str(error) and block_size < _LARGEST_BLOCK:
+            raise _RowTooLong from error
         raise ValueError(f"{source}: not readable: {error}") from error
 
 
-def _format(source: Path, strings: Iterable[str]) -> Any:
+def _read_dataset(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
+    names = pa.dataset.dataset(source, format=_format(source, (), block_size)).schema.names
+    columns = _columns(source, names, text, text2)
+    table = pa.dataset.dataset(source, format=_format(source, columns.values(), block_size))
+    wanted = {name: pa.dataset.field(column).cast(pa.string()) for name, column in columns.items()}
+    yield from table.to_batches(columns=wanted)
+
+
+def _read_jsonl(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
+    """In two passes: a field that only later lines have is a column, too."""
+    names = list(dict.fromkeys(name for _, row in json_lines(source) for name in row))
+    if not names:
+        return
+    columns = _columns(source, names, text, text2)
+    rows: list[list[str | None]] = []
+    size = 0
+    for _, row in json_lines(source, parse_int=str, parse_float=str, parse_constant=str):
+        rows.append([as_written(row.get(column)) for column in columns.values()])
+        size += sum(len(cell or "") for cell in rows[-1])
+        if size >= block_size or len(rows) == SHARD_ROWS:
+            yield _batch(columns, rows)
+            rows, size = [], 0
+    if rows:
+        yield _batch(columns, rows)
+
+
+def _batch(names: Iterable[str], rows: list[list[str | None]]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True)
+    return pa.record_batch({name: pa.array(cells, pa.string()) for name, cells in zip(names, columns, strict=True)})
+
+
+def _columns(source: Path, names: Sequence[str], text: str, text2: str | None) -> dict[str, str]:
+    """The names that the columns have in ``source``, by the names that they have in shards."""
+    text, text2 = text_columns(names, text, text2)
+    columns = {"text": text} | ({} if text2 is None else {"text2": text2}) | ({"id": "id"} if "id" in names else {})
+    missing = [column for column in columns.values() if column not in names]
+    if missing:
+        raise ValueError(f"{source}: no column {missing[0]!r}; the file has the columns {names}")
+    return columns
+
+
+def _format(source: Path, strings: Iterable[str], block_size: int) -> Any:
     """How to read ``source``; the columns ``strings`` stay text even where they look like numbers or dates."""
     suffix = source.suffix.lower()
     if suffix == ".parquet":
         return "parquet"
-    types = dict.fromkeys(strings, pa.string())
-    if suffix == ".jsonl":
-        explicit = pa.schema(types) if types else None
-        return pa.dataset.JsonFileFormat(default_fragment_scan_options=pa.dataset.JsonFragmentScanOptions(
-            parse_options=pa.json.ParseOptions(explicit_schema=explicit)))  # fmt: skip
     quoting: dict[str, Any] = (
         {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
     )
     return pa.dataset.CsvFileFormat(
         parse_options=pa.csv.ParseOptions(**quoting),
+        read_options=pa.csv.ReadOptions(block_size=block_size),
         convert_options=pa.csv.ConvertOptions(
-            column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+            column_types=dict.fromkeys(strings, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
         ),
     )
 
@@ -138,18 +203,28 @@ def _write_jsonl(tables: Iterable[pa.Table], path: Path) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
 
 
-def _write_csv(tables: Iterable[pa.Table], path: Path, delimiter: str = ",") -> None:
+def _write_csv(tables: Iterable[pa.Table], path: Path) -> None:
     writer = None
     for table in tables:
         flat = _flat(table)
-        writer = writer or pa.csv.CSVWriter(path, flat.schema, write_options=pa.csv.WriteOptions(delimiter=delimiter))
+        writer = writer or pa.csv.CSVWriter(path, flat.schema)
         writer.write_table(flat)
     if writer is not None:
         writer.close()
 
 
 def _write_tsv(tables: Iterable[pa.Table], path: Path) -> None:
-    _write_csv(tables, path, "\t")
+    """Without quotes, which are ordinary text in a .tsv; Arrow's writer refuses cells that hold one."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for number, table in enumerate(tables):
+            if number == 0:
+                file.write("\t".join(table.column_names) + "\n")
+            columns = [column.cast(pa.string()).to_pylist() for column in _flat(table).columns]
+            file.writelines("\t".join(map(_tsv_cell, row)) + "\n" for row in zip(*columns, strict=True))
+
+
+def _tsv_cell(cell: str | None) -> str:
+    return "" if cell is None else _TSV_BREAKS.sub(" ", cell)
 
 
 def _flat(table: pa.Table) -> pa.Table:

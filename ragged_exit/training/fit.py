@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_utils import get_last_checkpoint
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.claims import read_claim, write_claim
 from ragged_exit.examples import Examples
 from ragged_exit.models.base import ExitPoint
 from ragged_exit.models.highway import MlpExit
@@ -24,6 +24,8 @@ from ragged_exit.training.phases import HEADS_ONLY, Batch, Phase, Schedule
 from ragged_exit.training.progress import PhaseBar, track_rows
 from ragged_exit.training.recipes import phases_of
 from ragged_exit.training.rows import FeatureRows, TokenRows, collate
+
+_START = "start.safetensors"
 
 
 def fit(
@@ -50,7 +52,7 @@ def fit(
 
     Where the backbone is frozen and the exits are pooled MLPs, they train on features computed once, until the
     validation loss stops falling. A regression's fresh heads start at the mean of the training labels. Raises
-    ValueError when ``work_dir`` holds another run, or labels do not fit.
+    ValueError when ``work_dir`` holds another run's work or files of somebody else, or labels do not fit.
     """
     labels = [part.label_tensor(model.config.num_labels) for part in (train, valid)]
     if model.config.num_labels == 1:
@@ -220,15 +222,24 @@ def _start_at(mean: float, model: LayeredModel) -> None:
             nn.init.constant_(bias, mean)
 
 
+def has_progress(folder: Path) -> bool:
+    """Whether an epoch or a phase that is done lies anywhere in ``folder``."""
+    saved = (path.name for path in folder.rglob("*.safetensors"))
+    return any(not name.endswith(_START) for name in saved) or any(folder.rglob("checkpoint-*"))
+
+
 def _claim(folder: Path, model: LayeredModel, settings: str) -> None:
     """Start a run in ``folder``, or read the start of the same run there, so that it goes on from equal weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings_file, start = folder / "run.json", folder / "start.safetensors"
     run = {"system": model.system, "settings": hashlib.sha256(settings.encode()).hexdigest()}
-    if settings_file.is_file():
-        if json.loads(settings_file.read_text()) != run:
-            raise ValueError(f"work_dir: {folder} holds a run with other arguments; give another folder or delete it")
+    start = folder / _START
+    found = read_claim(folder, run, "work_dir")
+    if found == run and start.is_file():
         model.load_state_dict(load_file(start))
         return
-    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, start)
-    settings_file.write_text(json.dumps(run))
+    if found is not None and has_progress(folder):
+        raise ValueError(f"work_dir: {folder} holds a run with other arguments; give another folder or delete it")
+    start.unlink(missing_ok=True)  # of a run that did nothing
+    write_claim(folder, run)
+    scratch = folder / f".{_START}"
+    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, scratch)
+    scratch.replace(start)

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
-from ragged_exit.data import read_text_data, split_by_hash
+from ragged_exit.claims import read_claim, write_claim
+from ragged_exit.data import count_outputs, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, read_tokenizer, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
 from ragged_exit.models.cascade import CascadeBert
 from ragged_exit.models.full_depth import FullDepth
 from ragged_exit.models.layered import LayeredModel
 from ragged_exit.training.cascade import fit_cascade
-from ragged_exit.training.fit import fit
+from ragged_exit.training.fit import fit, has_progress
 from ragged_exit.training.recipes import RECIPES
 
 SYSTEM_NAMES = (*RECIPES, CascadeBert.system)
@@ -49,10 +50,12 @@ def run_fit(
     """Train ``system`` on the encoder ``source`` and save it, with its tokenizer, in ``out``.
 
     source: a Hugging Face directory or id; for a cascade its largest member, with the smaller ones in ``members``.
-    data: labelled csv, tsv, jsonl or parquet; floats are a regression's targets. valid_data: the same, or None: 15 % of
-    the rows, by a hash of their ids. options: as ``fit`` takes them. A run that was stopped goes on when called again.
+    data: labelled csv, tsv, jsonl or parquet; floats are a regression's targets, and the names of string labels become
+    the config's ``id2label``. valid_data: the same, with no other names, or None: 15 % of the rows, by a hash of their
+    ids. options: as ``fit`` takes them. A run that was stopped goes on when called again.
 
-    Raises ValueError for an unknown system, members without a cascade, or data that do not fit.
+    Raises ValueError for an unknown system, members without a cascade, data that do not fit, or a folder
+    ``out``/unfinished that holds another run's work or files of somebody else.
     """
     if system not in SYSTEM_NAMES:
         raise ValueError(f"system: expected one of {', '.join(SYSTEM_NAMES)}, got {system!r}")
@@ -63,26 +66,39 @@ def run_fit(
         rows = split_by_hash(text.ids, (1 - VALID_SHARE, VALID_SHARE))
         parts = [text.select(part) for part in rows]
     else:
-        parts = [text, read_text_data(valid_data)]
+        parts = [text, read_text_data(valid_data, label_names=text.label_names or ())]
     if not all(len(part) for part in parts):
         raise ValueError(f"data: {len(text)} rows are too few for a validation part; give more, or a validation file")
+    num_labels = count_outputs(text, len(parts[0]))
     tokenizer = read_tokenizer(source)
     train, valid = (tokenise(tokenizer, part, max_length=max_length) for part in parts)
-    num_labels = 1 if text.is_regression else max(int(label) for label in train.labels or ()) + 1
     set_seed(seed)
     model = _build(system, source, members, num_labels, pooling)
+    if text.label_names is not None:
+        model.config.id2label = dict(enumerate(text.label_names))
+        model.config.label2id = {name: label for label, name in enumerate(text.label_names)}
     say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows")
     run = out / RUN_FOLDER
+    _claim(run, system)
     if isinstance(model, CascadeBert):
-        fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run, **options)
+        fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run / "model", **options)
     else:
         assert isinstance(model, LayeredModel)
-        fit(model, train, valid, seed=seed, work_dir=run, **options)
+        fit(model, train, valid, seed=seed, work_dir=run / "model", **options)
     model.save_pretrained(out)
     tokenizer.model_max_length = max_length  # what the exits were trained on is where texts are cut from now on
     tokenizer.save_pretrained(out)
     shutil.rmtree(run)
     return Fitted(model, valid)
+
+
+def _claim(run: Path, system: str) -> None:
+    """Make the folder ours: it is deleted in the end."""
+    claim = {"command": "fit", "system": system}
+    found = read_claim(run, claim, "out")
+    if found not in (None, claim) and has_progress(run):
+        raise ValueError(f"out: {run} holds an unfinished run of another system; delete it first")
+    write_claim(run, claim)
 
 
 def _build(system: str, source: str, members: Sequence[str], num_labels: int, pooling: str) -> EarlyExitModel:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import ragged_exit as rx
 from ragged_exit.cli import app
 from ragged_exit.integrations import score as score_module
+from ragged_exit.integrations import shards
 from ragged_exit.integrations.score import score_file
 from ragged_exit.integrations.scorer import ScoreOptions
 from ragged_exit.integrations.shards import split
@@ -54,8 +55,8 @@ def read(path) -> list[dict]:
         return pa.parquet.read_table(path).to_pylist()
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
-    table = pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
-    return table.to_pylist()
+    quoting = {"delimiter": "\t", "quote_char": False} if path.suffix == ".tsv" else {}  # the package's own rule
+    return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(**quoting)).to_pylist()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -106,7 +107,92 @@ def test_a_missing_text_is_reported_and_the_others_answered(checkpoint, tmp_path
     assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (3, 1)
     first, second, third = read(tmp_path / "out.jsonl")
     assert first["error"] is None and third["error"] is None and third["label"] in (0, 1)
-    assert second["id"] == "1" and "input_ids" in second["error"] and second["label"] is None
+    assert second["id"] == "1" and second["error"] == "text: expected a string, got null" and second["label"] is None
+
+
+def shards_of(source, folder, **options) -> list[dict]:
+    folder.mkdir()
+    paths = split(source, folder, "text", None, **options)
+    return [row for path in paths for row in pa.parquet.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("odd", [["2020-01-01"], ["2020-01-01T10:00:00"], ["10:00", "1e5", "true", "007"]], ids=str)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_texts_and_ids_come_through_as_written(suffix, odd, tmp_path):
+    found = shards_of(write(tmp_path / f"in{suffix}", odd, id=odd), tmp_path / "parts")
+    assert found == [{"text": text, "id": text} for text in odd]
+
+
+def test_numbers_in_json_come_through_as_written(tmp_path):
+    source = tmp_path / "in.jsonl"
+    numbers = [str(2**53 + 1), str(2**63), str(2**80), "1.50", "1E5", "true"]
+    source.write_text("".join(f'{{"text": {number}, "id": {number}}}\n' for number in numbers))
+    assert shards_of(source, tmp_path / "parts") == [{"text": number, "id": number} for number in numbers]
+
+
+def test_a_column_that_is_null_or_absent_for_long(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": null}\n' * 100_000 + '{"text": "good", "id": "a"}\n')
+    found = shards_of(source, tmp_path / "parts")
+    assert len(found) == 100_001 and found[-1] == {"text": "good", "id": "a"}
+    assert found[0] == {"text": None, "id": None}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("before", [0, 3000])
+def test_rows_longer_than_a_block(suffix, before, tmp_path):
+    rows = ["a" * 1000] * before + ["y" * (5 << 20), "b"]
+    found = shards_of(write(tmp_path / f"in{suffix}", rows), tmp_path / "parts")
+    assert [row["text"] for row in found] == rows
+    assert [row["id"] for row in found] == [str(number) for number in range(len(rows))]
+
+
+def test_shards_of_long_texts_have_fewer_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3 << 20)
+    source = write(tmp_path / "in.jsonl", [str(number % 10) * (1 << 20) for number in range(12)])
+    paths = split(source, tmp_path, "text", None)
+    assert [row["id"] for path in paths for row in pa.parquet.read_table(path).to_pylist()] == list(map(str, range(12)))
+    assert len(paths) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{broken\n', "not readable as jsonl: line 2"),
+        ('{"text": ["a"]}\n', "not readable: expected a string or a number, got"),
+        ('{"words": "a"}\n', "no column 'text'; the file has the columns .'words'"),
+        ("", "no rows"),
+    ],
+)
+def test_bad_json_is_one_clear_line(content, message, checkpoint, tmp_path):
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        score_file(ScoreOptions(str(checkpoint)), tmp_path / "in.jsonl", tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_ids_are_read_back_exactly(suffix, checkpoint, tmp_path):
+    ids = ['a "b"', '"', "2020-01-01", "1,5", "é", "\\t", None]
+    source = write(tmp_path / "in.jsonl", [*texts(6), None], id=ids)
+    out = tmp_path / f"out{suffix}"
+    assert score_file(ScoreOptions(str(checkpoint)), source, out) == (7, 1)
+    (tmp_path / "again").mkdir()
+    again = split(out, tmp_path / "again", "id", "error")
+    assert [row["id"] for row in pa.parquet.read_table(again[0]).to_pylist()] == ids
+    errors = [row["text2"] for row in pa.parquet.read_table(again[0]).to_pylist()]
+    assert errors == [None] * 6 + ["text: expected a string, got null"]
+
+
+@pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\rb", ""])
+def test_an_id_that_a_tsv_cannot_hold_is_refused(name, checkpoint, tmp_path):
+    source = write(tmp_path / "in.jsonl", texts(1), id=[name])
+    with pytest.raises(ValueError, match=r"out: a \.tsv cannot hold the id"):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.tsv")
+    for suffix in (".csv", ".jsonl"):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / f"out{suffix}")
+        (tmp_path / suffix).mkdir()
+        again = split(tmp_path / f"out{suffix}", tmp_path / suffix, "id", None)
+        assert pa.parquet.read_table(again[0]).column("id").to_pylist() == [name]
 
 
 @pytest.mark.parametrize("max_length", [None, 6, 5000])  # the tokenizer names no limit; the table has 512 positions
@@ -150,14 +236,39 @@ def test_a_raised_engine_keeps_what_is_done(checkpoint, tmp_path, small_shards):
 def test_another_runs_parts_are_refused(checkpoint, tmp_path, small_shards):
     source = write(tmp_path / "in.parquet", texts(40))
 
-    def dies(options, shards):
+    def dies_after_one(options, shards):
+        yield next(score_module.score_locally(options, shards))
         raise KeyboardInterrupt
-        yield
 
     with pytest.raises(KeyboardInterrupt):
-        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies)
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies_after_one)
     with pytest.raises(ValueError, match="another model, input or options"):
         score_file(ScoreOptions(str(checkpoint), threshold=0.1), source, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": float("nan")}, {"model": "nowhere"}, {"text": "words"}, {"text": "other"}], ids=str
+)
+def test_a_call_that_failed_does_not_block_the_right_one(wrong, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = write(tmp_path / "in.parquet", texts(4), other=[[1]] * 4)
+    options = {"model": str(checkpoint)} | {name: value for name, value in wrong.items() if name != "text"}
+    with pytest.raises((ValueError, OSError)):
+        score_file(ScoreOptions(**options), source, tmp_path / "out.csv", text=wrong.get("text", "text"))
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "run.json"])
+def test_a_folder_that_is_not_ours_is_refused_and_stays(name, checkpoint, tmp_path):
+    precious = tmp_path / "out.csv.parts" / name
+    precious.parent.mkdir()
+    source = write(tmp_path / "in.csv", texts(4))
+    precious.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"out: the folder .*parts holds files that are no unfinished run"):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv")
+    assert precious.read_text() == '{"a": 1}'
+    precious.unlink()  # an empty folder is nobody's
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv").rows == 4
 
 
 def test_killed_three_times_and_resumed_is_uninterrupted(checkpoint, tmp_path):

@@ -140,6 +140,27 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
         fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=2, work_dir=tmp_path, **FAST)
 
 
+def test_a_run_that_did_nothing_makes_way(tmp_path, monkeypatch):
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "_train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny("pabee", seed=1), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
+    resumed, whole = tiny("pabee"), tiny("pabee")
+    fit(resumed, task(32, 1), task(32, 2), epochs=2, work_dir=tmp_path, **FAST)
+    fit(whole, task(32, 1), task(32, 2), epochs=2, **FAST)
+    assert not moved(resumed, clone(whole))  # from its own start, not the other run's
+
+
+def test_somebody_elses_folder_is_refused(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="work_dir: the folder"):
+        fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
 def test_same_seed_same_weights():
     models = [tiny("deebert") for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
