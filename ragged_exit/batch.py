@@ -22,8 +22,9 @@ TOKEN_FIELDS = ("hidden", "input_ids", "token_type_ids", "position_ids")
 def token_bucket(tokens: int) -> int:
     """The buffer size for ``tokens`` live tokens: one of few sizes, all multiples of 32.
 
-    A oneDNN linear builds a kernel for every new number of rows, so batches that shrink at every layer must shrink
-    through few sizes: 32 apart up to 1,024, then 16 steps an octave (a waste of 2 % on average, 48 sizes up to 2,048).
+    Batches that shrink at every layer shrink through few sizes, since a oneDNN linear builds a kernel for every new
+    number of rows, and so that memory fits again: 32 apart up to 1,024, then 16 steps an octave (a waste of 2 % on
+    average, 48 sizes up to 2,048).
     """
     if tokens <= 0:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")

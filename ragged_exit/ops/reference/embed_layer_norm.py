@@ -1,4 +1,4 @@
-"""Reference embedding: word + position + token type, then LayerNorm. The CPU has no better."""
+"""Reference embedding: word + position + token type, then LayerNorm."""
 
 from __future__ import annotations
 

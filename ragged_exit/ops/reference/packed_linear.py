@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +14,8 @@ def packed_linear(
     residual: Tensor | None,  # [T, N]
     gelu: bool,
 ) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
     weight = panels.float().sum(2).permute(0, 2, 4, 1, 3, 5).reshape(len(bias), x.shape[1])
-    y = F.linear(x.float(), weight, bias)
+    y = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
     y = F.gelu(y) if gelu else y
     return (y if residual is None else y + residual).to(x.dtype)

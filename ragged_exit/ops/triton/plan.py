@@ -77,9 +77,8 @@ def tickets(count: int, device: torch.device) -> Tensor:
 
 
 def _captured_tickets(count: int, device: torch.device) -> Tensor:
-    count += (
-        -count % 4
-    )  # the next slice is 16-byte aligned too: else the kernel would be compiled again, in the capture
+    # the next slice is 16-byte aligned too: else the kernel would be compiled again, in the capture
+    count += -count % 4
     arena = _arenas.get(device)
     if arena is None or arena.numel() < count:
         return torch.zeros(count, dtype=torch.int32, device=device)  # no warm-up, or used up: the graph fills them
