@@ -58,7 +58,7 @@ class RaggedBatch:
 
     def __post_init__(self) -> None:
         rows, live = self.cu_seqlens, self.live  # the kernels read both as they lie in memory
-        if rows.dtype != torch.int32 or rows.ndim != 1:
+        if rows.dtype != torch.int32 or rows.ndim != 1 or not len(rows):
             raise ValueError(f"cu_seqlens: expected int32 [B + 1], got {rows.dtype} {list(rows.shape)}")
         if live.dtype != torch.int32 or live.shape != (2,) or live.device != rows.device:
             raise ValueError(

@@ -244,6 +244,7 @@ def test_sequences_of_fractions_are_refused():
     ("changes", "message"),
     [
         ({"cu_seqlens": torch.tensor([0, 2])}, r"cu_seqlens: expected int32 \[B \+ 1\], got torch.int64"),
+        ({"cu_seqlens": torch.empty(0, dtype=torch.int32)}, r"cu_seqlens: expected int32 \[B \+ 1\], got .* \[0\]"),
         ({"live": torch.tensor([1, 2])}, r"live: expected int32 \[2\] on cpu, got torch.int64"),
         ({"live": torch.ones(3, dtype=torch.int32)}, r"live: .* got torch.int32 \[3\]"),
         ({"live": torch.ones(2, dtype=torch.int32, device="meta")}, "live: .* on meta"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragged_exit.ops.common import check_cu_seqlens
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 
 
@@ -35,8 +36,7 @@ def varlen_attention(
             )
         if value.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {value.dtype}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens: expected int32 [B + 1] on {q.device}, got {cu_seqlens.dtype}")
+    check_cu_seqlens(cu_seqlens, q.device)
     return _varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, resolve_impl(impl, q.device))
 
 

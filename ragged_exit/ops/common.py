@@ -1,9 +1,10 @@
-"""What the implementations share: the tensors that an exit step gives back."""
+"""What the ops and their implementations share: the tensors that an exit step gives back, and a check."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,13 @@ class ExitTensors(NamedTuple):
     live: Tensor
     counter: Tensor
     previous: Tensor
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless these are row ends as the kernels read them; what they say is checked where they lie."""
+    found = cu_seqlens.dtype, cu_seqlens.ndim, cu_seqlens.device
+    if found != (torch.int32, 1, device) or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens: expected int32 [B + 1] on {device}, "
+            f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ragged_exit.ops.common import check_cu_seqlens
 from ragged_exit.ops.dispatch import implementation, native_available
 from ragged_exit.ops.layer_norm import KINDS
-from ragged_exit.ops.packed_linear import BLOCK, PackedWeights, packed_dtype, resolve_packed
+from ragged_exit.ops.packed_linear import BLOCK, PackedWeights, check_packed, packed_dtype, resolve_packed
 
 
 class LayerNormWeights(NamedTuple):
@@ -60,13 +61,14 @@ def packed_layer(
     dtype = packed_dtype(layer.qkv)
     for name, shape in shapes.items():
         weights: PackedWeights = getattr(layer, name)
+        check_packed(f"layer.{name}", weights)
         found = tuple(BLOCK * size for size in weights.panels.shape[:2])
         if found != shape or packed_dtype(weights) != dtype:
             raise ValueError(f"layer: expected {name} {dtype} {list(shape)}, got {packed_dtype(weights)} {list(found)}")
     for value in (*layer.attention_norm, *layer.output_norm):
         if value.shape != (width,) or value.dtype != dtype:
             raise ValueError(f"layer: expected norms {dtype} [{width}], got {value.dtype} {list(value.shape)}")
-    if width % num_heads:
+    if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads: expected a divisor of {width}, got {num_heads}")
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
@@ -76,8 +78,7 @@ def packed_layer(
         raise ValueError(f"hidden: expected contiguous [T, {width}], got {list(hidden.shape)} {list(hidden.stride())}")
     if hidden.dtype != dtype:
         raise TypeError(f"hidden: expected {dtype} as the packed weights, got {hidden.dtype}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.device != hidden.device:
-        raise ValueError(f"cu_seqlens: expected int32 [B + 1] on {hidden.device}, got {cu_seqlens.dtype}")
+    check_cu_seqlens(cu_seqlens, hidden.device)
     tensors = [tensor for pair in layer for tensor in pair]
     linears = [layer.qkv, layer.attention_output, layer.feed_forward_up, layer.feed_forward_down]
     _packed_layer(hidden, cu_seqlens, tensors, num_heads, eps, kind, resolve_packed(impl, hidden.device, linears))

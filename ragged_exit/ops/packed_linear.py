@@ -18,6 +18,12 @@ from ragged_exit.ops.dispatch import implementation, native_available, resolve_i
 
 BLOCK = 32  # inputs and outputs come in whole blocks: of LinearArgs in csrc/kernels.h
 DTYPES = (torch.float32, torch.bfloat16)
+# a step of 32 inputs for 32 outputs, ``panels.shape[2:]``: vectors in float32 and bfloat16, tiles in float32
+_STEPS: dict[tuple[int, ...], torch.dtype] = {
+    (1, 2, 32, 16, 1): torch.float32,
+    (1, 2, 16, 16, 2): torch.bfloat16,
+    (3, 2, 16, 16, 2): torch.bfloat16,
+}
 
 
 class PackedWeights(NamedTuple):
@@ -95,6 +101,7 @@ def packed_linear(
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device, or float32 weights that are
     packed for another processor; RuntimeError when "native" is asked for and this processor has no kernels for it.
     """
+    check_packed("weights", weights)
     groups, steps = weights.panels.shape[:2]
     dtype = packed_dtype(weights)
     if x.ndim != 2 or x.shape[1] != steps * BLOCK:
@@ -112,6 +119,21 @@ def packed_linear(
         if value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} as the packed weight, got {value.dtype}")
     return _packed_linear(x, *weights, residual, gelu, resolve_packed(impl, x.device, [weights]))
+
+
+def check_packed(name: str, weights: PackedWeights) -> None:
+    """Raise ValueError, naming the argument, unless the kernels can read ``weights`` as they lie in memory."""
+    panels, bias = weights
+    if panels.ndim != 7 or _STEPS.get(panels.shape[2:]) != panels.dtype or not _lies_plainly(panels):
+        raise ValueError(f"{name}: expected panels as pack_linear makes them, got {panels.dtype} {list(panels.shape)}")
+    if bias.shape != (BLOCK * len(panels),) or bias.dtype != torch.float32 or not _lies_plainly(bias):
+        raise ValueError(
+            f"{name}: expected a float32 bias [{BLOCK * len(panels)}], got {bias.dtype} {list(bias.shape)}"
+        )
+
+
+def _lies_plainly(value: Tensor) -> bool:
+    return value.device.type == "cpu" and value.is_contiguous()
 
 
 def packed_dtype(weights: PackedWeights) -> torch.dtype:

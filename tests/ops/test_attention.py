@@ -187,6 +187,6 @@ def test_errors_name_the_argument(impl, device):
         varlen_attention(q, k, v.to("meta"), cu_seqlens, 5, 0.3, impl=impl)
     with pytest.raises(TypeError, match="v: expected the dtype of q"):
         varlen_attention(q, k, v.double(), cu_seqlens, 5, 0.3, impl=impl)
-    for bad in (cu_seqlens.long(), cu_seqlens[None]):
+    for bad in (cu_seqlens.long(), cu_seqlens[None], cu_seqlens[:0], cu_seqlens.to("meta")):
         with pytest.raises(ValueError, match="cu_seqlens: expected int32"):
             varlen_attention(q, k, v, bad, 5, 0.3, impl=impl)

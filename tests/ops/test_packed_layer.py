@@ -185,13 +185,21 @@ def test_errors_name_the_argument(monkeypatch):
     refused(ValueError, r"layer: expected norms .*\[32\], got .*\[31\]", layer=layer._replace(attention_norm=short))
     wide = LayerNormWeights(torch.ones(32).double(), torch.ones(32))
     refused(ValueError, r"layer: expected norms torch\.float32", layer=layer._replace(attention_norm=wide))
-    refused(ValueError, "num_heads: expected a divisor of 32, got 3", heads=3)
+    for heads in (3, 0, -2):
+        refused(ValueError, f"num_heads: expected a divisor of 32, got {heads}", heads=heads)
+    odd = layer.feed_forward_up._replace(bias=torch.zeros(65))
+    refused(
+        ValueError,
+        r"layer\.feed_forward_up: expected a float32 bias \[64\], got .*\[65\]",
+        layer=layer._replace(feed_forward_up=odd),
+    )
     refused(ValueError, "kind: expected one of", kind="rms")
     refused(ValueError, "hidden: expected a CPU tensor", hidden=hidden.to("meta"))
     refused(ValueError, r"hidden: expected contiguous \[T, 32\]", hidden=hidden[:, :31])
     refused(ValueError, r"hidden: expected contiguous \[T, 32\]", hidden=torch.empty(7, 64)[:, :32])
     refused(TypeError, r"hidden: expected torch\.float32 as the packed weights", hidden=hidden.bfloat16())
     refused(ValueError, r"cu_seqlens: expected int32 \[B \+ 1\]", bounds=bounds.long())
+    refused(ValueError, r"cu_seqlens: expected int32 \[B \+ 1\] .* got torch\.int32 \[0\]", bounds=bounds[:0])
     monkeypatch.setattr(sys.modules["ragged_exit.ops.packed_linear"], "linears_available", lambda dtype: False)
     with pytest.raises(RuntimeError, match=r"no kernels for torch\.float32 linears|not built"):
         packed_layer(hidden, bounds, layer, 2, EPS, impl="native")

@@ -279,6 +279,13 @@ def test_errors_name_the_argument(monkeypatch):
         packed_linear(x, weights, residual=residual.float())
     with pytest.raises(ValueError, match="residual: expected None together with gelu"):
         packed_linear(x, weights, residual=residual, gelu=True)
+    panels, floats = weights
+    for bad in (panels[..., :1], panels.float(), panels.transpose(-1, -2), panels[0], panels.to("meta")):
+        with pytest.raises(ValueError, match="weights: expected panels as pack_linear makes them"):
+            packed_linear(x, weights._replace(panels=bad))
+    for bad in (floats[:63], floats.bfloat16(), floats.repeat(2), torch.zeros(128)[::2], floats.to("meta")):
+        with pytest.raises(ValueError, match=r"weights: expected a float32 bias \[64\]"):
+            packed_linear(x, weights._replace(bias=bad))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match='got "triton"'):
         packed_linear(x, weights, impl="triton")
