@@ -232,11 +232,14 @@ def inspect(
     """Say what a checkpoint is and, with data, at which exits the rows leave."""
     with clear_errors("train"):
         from ragged_exit.calibration.exits import exit_counts
-        from ragged_exit.calibration.job import read_examples
+        from ragged_exit.data import read_text_data
+        from ragged_exit.examples import read_tokenizer, tokenise
         from ragged_exit.models.loading import load
 
-        loaded = load(model)
-        counts = exit_counts(loaded, read_examples(model, data, max_length)) if data is not None else []
+        loaded, counts = load(model), []
+        if data is not None:
+            examples = tokenise(read_tokenizer(model), read_text_data(data, label=None), max_length=max_length)
+            counts = exit_counts(loaded, examples)
     config = loaded.config
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     facts = {

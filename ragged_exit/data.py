@@ -74,7 +74,7 @@ def read_text_data(
     path: str | Path,
     text: str = "text",
     text2: str | None = None,
-    label: str = "label",
+    label: str | None = "label",
     require_labels: bool = True,
     label_names: Sequence[str] | None = None,
 ) -> TextData:
@@ -84,6 +84,7 @@ def read_text_data(
     text2: column of the second texts of pairs. None: the partner of the text column (`text2`, `sentence2`), if present.
     label: integers are kept as they are; floats are regression targets, unless every one is a whole number, then
         they are classes too; strings and booleans become indices into their sorted distinct values (`label_names`).
+        None: labels are not read.
     require_labels: False lets the label column be absent (`labels=None`).
     label_names: the classes that there are, as another file or a checkpoint has them: named labels become indices into
         these, and whole numbers that are not all among the names stay as they are. Empty: only numbers are labels.
@@ -97,15 +98,14 @@ def read_text_data(
     from 1); FileNotFoundError without a file.
     """
     path = Path(path)
-    table = _read_table(path, {*_PARTNER, *_PARTNER.values(), text, text2 or text, label, _ID})
+    table = _read_table(path, {*_PARTNER, *_PARTNER.values(), text, text2 or text, label or text, _ID})
     if table.num_rows == 0:
         raise ValueError(f"{path}: the file is empty, expected at least one row")
     names = table.column_names
     text, text2 = text_columns(names, text, text2)
 
-    has_labels = require_labels or label in names
     labels, names_found = None, None
-    if has_labels:
+    if label is not None and (require_labels or label in names):
         labels, names_found = _labels(path, label, _column(path, table, label), label_names)
     ids = _column(path, table, _ID).cast(pa.string()).to_pylist() if _ID in names else map(str, range(table.num_rows))
     return TextData(

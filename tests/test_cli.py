@@ -117,6 +117,19 @@ def test_bench_runs_a_checkpoint_under_its_own_rule(rule, reviews, tmp_path, mon
     assert all(contender["decisions_match"] for contender in json.loads(report.read_text())["contenders"])
 
 
+def test_bench_reads_labels_by_a_checkpoints_names(reviews, tmp_path):
+    folder = own_checkpoint(tmp_path / "model", rx.Entropy(0.1))
+    header, *lines = reviews.read_text().splitlines()
+    named = tmp_path / "named.csv"
+    named.write_text("\n".join([header, *(line[:-1] + ("good", "bad")[int(line[-1])] for line in lines)]))
+    with pytest.raises(ValueError, match="unknown class 'bad'"):
+        default.prepare(str(folder), named, say=print)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "good", "1": "bad"}}))
+    labels = [default.prepare(str(folder), data, say=print).test.labels for data in (reviews, named)]
+    assert labels[0].unique().tolist() == [0, 1] and torch.equal(*labels)
+
+
 def test_bench_takes_the_heads_of_a_published_checkpoint(tmp_path):
     bert = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=30)
     BertModel(bert).save_pretrained(tmp_path)

@@ -218,6 +218,7 @@ def test_labels_may_be_absent_only_on_request(tmp_path, suffix):
         read_text_data(path)
     assert str(path) in str(error.value)
     assert read_text_data(path, label="score", require_labels=False).label_names == ["x"]
+    assert read_text_data(path, label=None).labels is None
 
 
 @pytest.mark.parametrize(

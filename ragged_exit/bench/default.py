@@ -19,7 +19,7 @@ from ragged_exit.calibration.threshold import choose_threshold, point_at, qualit
 from ragged_exit.data import TextData, count_outputs, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, read_tokenizer, tokenise
 from ragged_exit.models.deebert import DeeBert
-from ragged_exit.models.loading import is_early_exit, load
+from ragged_exit.models.loading import class_names, is_early_exit, load
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
@@ -46,7 +46,8 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say, see
         data = embedded.binary_sentiment(embedded.movie_snippets(say=say))
         data_name = "VADER movie snippets"
     else:
-        data = read_text_data(data_source)
+        names = class_names(model_source) if model_source is not None and is_early_exit(model_source) else None
+        data = read_text_data(data_source, label_names=names)
         data_name = data_source.name
     if data.is_regression:
         raise ValueError("data: expected class labels; the entropy exits of this benchmark need classes, got numbers")

@@ -11,8 +11,8 @@ from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.guarantee import guaranteed_threshold
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.data import read_text_data
-from ragged_exit.examples import Examples, read_tokenizer, tokenise
-from ragged_exit.models.loading import load
+from ragged_exit.examples import read_tokenizer, tokenise
+from ragged_exit.models.loading import class_names, load
 from ragged_exit.rules import ExitRule
 
 
@@ -29,14 +29,17 @@ def run_calibrate(
     """Choose the threshold (or patience) of a checkpoint's rule on the texts of ``data``, and save it in config.json.
 
     By default the loosest with a guarantee (``guaranteed_threshold``); with ``speedup`` the one that runs 1 / speedup
-    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do, and for a
-    published checkpoint, whose config.json has no section of ours to hold a rule.
+    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do, for string
+    labels that are not among the names of the checkpoint's classes, and for a published checkpoint, whose config.json
+    has no section of ours to hold a rule.
     """
     if "early_exit" not in _read_config(directory):
         raise ValueError(f"directory: {directory} is a published checkpoint; load and save_pretrained it first")
     if speedup is not None and not speedup >= 1:
         raise ValueError(f"speedup: expected at least 1, got {speedup}")
-    model, examples = load(directory), read_examples(directory, data, max_length)
+    model = load(directory)
+    text = read_text_data(data, require_labels=False, label_names=class_names(directory))
+    examples = tokenise(read_tokenizer(directory), text, max_length=max_length)
     table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
     layers = table.exits[-1].executed_layers
     if speedup is not None:
@@ -61,22 +64,6 @@ def run_calibrate(
     rule = model.rule.with_threshold(threshold)
     _save_rule(directory, rule)
     return Calibrated(rule, verdict)
-
-
-def read_examples(directory: Path, data: Path, max_length: int | None) -> Examples:
-    """The texts of a file as the checkpoint's tokenizer makes them, with labels where there are some.
-
-    Raises ValueError for string labels that are not among the names of the checkpoint's classes.
-    """
-    tokenizer = read_tokenizer(directory)
-    text = read_text_data(data, require_labels=False, label_names=_label_names(directory))
-    return tokenise(tokenizer, text, max_length=max_length)
-
-
-def _label_names(directory: Path) -> list[str]:
-    """None are written where they are transformers' own, LABEL_0 and so on, and classes are known by numbers."""
-    names = _read_config(directory).get("id2label") or {}
-    return [names[label] for label in sorted(names, key=int)]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -65,6 +65,12 @@ def is_early_exit(source: str | Path) -> bool:
         return False
 
 
+def class_names(directory: str | Path) -> list[str]:
+    """The names of a checkpoint's classes, in the order of their numbers; empty where config.json has none."""
+    names = json.loads((Path(directory) / "config.json").read_text()).get("id2label") or {}
+    return [names[label] for label in sorted(names, key=int)]
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint directory. Never runs code from the file."""
     if (path / WEIGHTS_FILE).is_file():
