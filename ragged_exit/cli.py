@@ -97,7 +97,7 @@ def bench(
 def fit(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or id of an encoder; of a cascade's largest")],
     data: Annotated[Path, typer.Argument(help="csv, tsv, jsonl or parquet with text[, text2], label")],
-    out: Annotated[Path, typer.Argument(help="folder for the checkpoint; an unfinished run there goes on")],
+    out: Annotated[Path, typer.Argument(help="new folder for the checkpoint; an unfinished run there goes on")],
     system: Annotated[str, typer.Option(help="deebert, berxit, de3bert, cascade, pabee, elasticbert, fastbert")],
     member: Annotated[list[str] | None, typer.Option(help="cascade: a smaller encoder, smallest first")] = None,
     valid: Annotated[Path | None, typer.Option(help="validation rows (default: 15 % of DATA)")] = None,

@@ -142,9 +142,20 @@ def test_a_call_that_failed_does_not_block_the_right_one(encoder, reviews, tmp_p
     arguments = ("--freeze-backbone", "--epochs", 1, encoder, reviews, tmp_path / "out")
     code, output = run("--system", "deebert", "--learning-rate", "nan", *arguments)
     assert code == 2 and "learning" in output
-    for system in ("berxit", "deebert"):
-        code, output = run("--system", system, "--learning-rate", 1e-3, *arguments)
-        assert code == 0, output
+    code, output = run("--system", "berxit", "--learning-rate", 1e-3, *arguments)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("system", ["deebert", "cascade"])
+def test_a_model_that_is_there_already_stays(system, encoder, reviews, tmp_path):
+    members = ["--member", encoder] if system == "cascade" else []
+    arguments = ("--system", system, *members, "--folds", 0, "--epochs", 1, encoder, reviews)
+    assert run(*arguments, tmp_path / "out")[0] == 0
+    for out in (tmp_path / "out", encoder):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        code, output = run(*arguments, out)
+        assert code == 2 and f"error out: {out} holds a model already" in " ".join(output.split())
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_another_systems_work_is_not_thrown_away(encoder, reviews, tmp_path, monkeypatch):

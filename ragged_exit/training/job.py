@@ -54,13 +54,16 @@ def run_fit(
     the config's ``id2label``. valid_data: the same, with no other names, or None: 15 % of the rows, by a hash of their
     ids. options: as ``fit`` takes them. A run that was stopped goes on when called again.
 
-    Raises ValueError for an unknown system, members without a cascade, data that do not fit, or a folder
-    ``out``/unfinished that holds another run's work or files of somebody else.
+    Raises ValueError for an unknown system, members without a cascade, data that do not fit, an ``out`` that holds a
+    model already, or a folder ``out``/unfinished that holds another run's work or files of somebody else.
     """
     if system not in SYSTEM_NAMES:
         raise ValueError(f"system: expected one of {', '.join(SYSTEM_NAMES)}, got {system!r}")
     if (system == CascadeBert.system) != bool(members):
         raise ValueError("member: a cascade needs at least one smaller encoder, and no other system takes one")
+    run = out / RUN_FOLDER
+    if (out / "config.json").exists() and not run.exists():  # with it the end of a run was cut short
+        raise ValueError(f"out: {out} holds a model already; delete it or give another folder")
     text = read_text_data(data)
     if valid_data is None:
         rows = split_by_hash(text.ids, (1 - VALID_SHARE, VALID_SHARE))
@@ -78,7 +81,6 @@ def run_fit(
         model.config.id2label = dict(enumerate(text.label_names))
         model.config.label2id = {name: label for label, name in enumerate(text.label_names)}
     say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows")
-    run = out / RUN_FOLDER
     _claim(run, system)
     if isinstance(model, CascadeBert):
         fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run / "model", **options)
