@@ -99,7 +99,7 @@ class SurvivorPools:
     A batch enters with ``put`` and comes back, as an ExitRecord, from a later ``put`` or from ``flush``, when its last
     row has left. A pool runs when it holds ``token_budget`` tokens, the deepest full one first, so that few rows wait;
     or when a row in it has seen ``max_wait`` batches enter, so that none waits for ever. An answer does not depend on
-    who is merged with whom beyond what batching itself changes (DESIGN: nothing on the native CPU path).
+    who is merged with whom beyond what batching itself changes: on the native CPU path in fp32, nothing.
 
     Where the host would wait for a device, stages are read one late: the next is queued before the last is read. On a
     CPU each is read at once.

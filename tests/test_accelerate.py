@@ -205,7 +205,7 @@ def test_an_explicit_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert rx.accelerate(model, impl="auto").impl == "reference"
 
 
-# errors (DESIGN, bad input) -----------------------------------------------------------------------------------------
+# errors ---------------------------------------------------------------------------------------------------------------
 
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])

@@ -88,7 +88,7 @@ def card_references(model: DeeBert, on_card: DeeBert, rule: ExitRule, workload: 
     """``references``, where a row is close to another exit by what PyTorch itself is off on the card.
 
     model: fp32 on the CPU. on_card: the same on the card, in the dtype that is measured. The margin is four times the
-    largest difference between their scores (DESIGN: numbers and promises).
+    largest difference between their scores.
     """
     expected = references(model, rule, workload)
     error, nearest = 0.0, []
