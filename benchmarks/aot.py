@@ -132,7 +132,7 @@ def exit_case(
             prototype_bias=new(size),
             prototypes=new(classes, size),
             pooling=pooling,
-        )
+        ).weights
         cu_seqlens, live, counter, previous = _rows(score)
         spec = ScoreSpec(score, "<", 0.1)
         return kernels.exit_step(new(32, size), cu_seqlens, live, head, counter, previous, torch.ones(1), spec, False)

@@ -238,7 +238,7 @@ def exit_steps(repeats: int) -> Iterator[Row]:
         weight, classifier = torch.randn(hidden, hidden) * hidden**-0.5, torch.randn(classes, hidden) * hidden**-0.5
         bias, classifier_bias = torch.randn(hidden), torch.randn(classes)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        head = packed_for("native", MlpHead(classifier, classifier_bias, weight, bias))
+        head = packed_for("native", MlpHead(classifier, classifier_bias, weight, bias)).weights
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
 
         def ours(x=x, cu_seqlens=cu_seqlens, live=live, head=head) -> Tensor:

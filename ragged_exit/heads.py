@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,6 +37,22 @@ class TokenHead(Protocol):
         ...
 
 
+class HeadWeights(NamedTuple):
+    """An ``MlpHead`` as the ops' implementations take it: its fields, in its order, and nothing to check."""
+
+    classifier_weight: Tensor
+    classifier_bias: Tensor | None
+    pooler_weight: Tensor | None
+    pooler_bias: Tensor | None
+    uncertainty_weight: Tensor | None
+    uncertainty_bias: Tensor | None
+    prototype_weight: Tensor | None
+    prototype_bias: Tensor | None
+    prototypes: Tensor | None
+    packed_pooler: Tensor | None
+    pooling: str
+
+
 @dataclass(frozen=True)
 class MlpHead:
     """Pool a row (its [CLS] token, or the mean of its tokens), optionally a tanh pooler, then a linear classifier.
@@ -55,8 +72,8 @@ class MlpHead:
     prototype_weight: Tensor | None = None  # [D, H]
     prototype_bias: Tensor | None = None  # [D]
     prototypes: Tensor | None = None  # [C, D]
-    pooling: str = "cls"
     packed_pooler: Tensor | None = None  # pooler_weight as the native kernel reads it best (packed_for)
+    pooling: str = "cls"
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -92,6 +109,10 @@ class MlpHead:
                     f"{item.name}: expected {like.dtype} on {like.device} as the classifier, "
                     f"got {value.dtype} on {value.device}"
                 )
+
+    @cached_property
+    def weights(self) -> HeadWeights:
+        return HeadWeights(*(getattr(self, item.name) for item in fields(self)))
 
     @property
     def num_labels(self) -> int:

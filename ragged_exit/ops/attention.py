@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ragged_exit.ops.common import check_cu_seqlens
 from ragged_exit.ops.dispatch import implementation, resolve_impl
+from ragged_exit.ops.registration import registered
 
 
 def varlen_attention(
@@ -40,13 +41,13 @@ def varlen_attention(
     return _varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, resolve_impl(impl, q.device))
 
 
-@torch.library.custom_op("ragged_exit::varlen_attention", mutates_args=())
+@registered()
 def _varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, impl: str
 ) -> Tensor:
     return implementation(impl).varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-@_varlen_attention.register_fake
+@torch.library.register_fake("ragged_exit::varlen_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, impl: str) -> Tensor:
     return q.new_empty(q.shape)

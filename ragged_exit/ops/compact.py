@@ -8,6 +8,7 @@ from torch import Tensor
 from ragged_exit.batch import TOKEN_FIELDS, RaggedBatch
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.exit_step import ExitDecision
+from ragged_exit.ops.registration import registered
 
 
 def compact(
@@ -29,14 +30,17 @@ def compact(
     another shape, dtype or device than the new ``hidden``.
     """
     seqlens = batch.seqlens
-    row_capacity = decision.survivors.shape[0]  # fewer than the batch's where only some of the survivors are asked for
+    row_capacity = decision.survivors.numel()  # fewer than the batch's where only some of the survivors are asked for
     if decision.exits.shape != (batch.row_capacity,):
         raise ValueError(f"decision: expected one of {batch.row_capacity} rows, got {list(decision.exits.shape)}")
-    if decision.cu_seqlens.shape != (row_capacity + 1,):
-        raise ValueError(
-            f"decision: expected {row_capacity + 1} row ends for {row_capacity} survivors, "
-            f"got {list(decision.cu_seqlens.shape)}"
-        )
+    plan = {"survivors": (row_capacity,), "cu_seqlens": (row_capacity + 1,), "live": (2,)}
+    for name, shape in plan.items():
+        value: Tensor = getattr(decision, name)
+        if value.dtype != torch.int32 or value.shape != shape or value.device != batch.device:
+            raise ValueError(
+                f"decision: expected {name} int32 {list(shape)} on {batch.device}, "
+                f"got {value.dtype} {list(value.shape)} on {value.device}"
+            )
     state = {**batch.state, **decision.state}
     for name, value in state.items():
         if value.shape[:1] != (batch.row_capacity,) or value.device != batch.device:
@@ -66,13 +70,22 @@ def compact(
     names = [name for name in TOKEN_FIELDS if getattr(batch, name) is not None]
     tokens_of = [getattr(batch, name) for name in names]
     rows_of = [batch.sample_ids, *state.values()]
-    plan = (decision.survivors, batch.cu_seqlens, decision.cu_seqlens, decision.live)
     if out is not None:
         _check_out(out, batch.hidden, token_capacity)
     new_tokens = [] if out is None else [out]  # hidden comes first
     new_tokens += [value.new_empty((token_capacity, *value.shape[1:])) for value in tokens_of[len(new_tokens) :]]
     rows = [value.new_empty((row_capacity, *value.shape[1:])) for value in rows_of]
-    _compact(new_tokens, rows, tokens_of, rows_of, *plan, resolve_impl(impl, batch.device))
+    _compact(
+        new_tokens,
+        rows,
+        tokens_of,
+        rows_of,
+        decision.survivors,
+        batch.cu_seqlens,
+        decision.cu_seqlens,
+        decision.live,
+        resolve_impl(impl, batch.device),
+    )
     return RaggedBatch(
         cu_seqlens=cu_seqlens,
         live=decision.live,
@@ -94,7 +107,7 @@ def _check_out(out: Tensor, hidden: Tensor | None, token_capacity: int) -> None:
         )
 
 
-@torch.library.custom_op("ragged_exit::compact", mutates_args=("new_tokens", "new_rows"))
+@registered(mutates_args=("new_tokens", "new_rows"))
 def _compact(
     new_tokens: list[Tensor],  # each [new Tcap, ...]
     new_rows: list[Tensor],  # each [new Bcap, ...]

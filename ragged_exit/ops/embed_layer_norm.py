@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.layer_norm import KINDS
+from ragged_exit.ops.registration import registered
 
 
 def embed_layer_norm(
@@ -39,6 +40,8 @@ def embed_layer_norm(
         raise ValueError(f"word: expected [V, H], got {list(word.shape)}")
     if token_type is None and token_type_ids is not None:
         raise ValueError("token_type_ids: expected None without a token_type table")
+    if token_type is not None and not len(token_type):
+        raise ValueError("token_type: expected a table with rows, or None")
     lookups = (
         ("input_ids", input_ids, "word", word),
         ("position_ids", position_ids, "position", position),
@@ -90,7 +93,7 @@ def _check_like_word(name: str, value: Tensor, shape: tuple[int, ...], word: Ten
         raise TypeError(f"{name}: expected the dtype of word, {word.dtype}, got {value.dtype}")
 
 
-@torch.library.custom_op("ragged_exit::embed_layer_norm", mutates_args=("out",))
+@registered(mutates_args=("out",))
 def _embed_layer_norm(
     out: Tensor,
     input_ids: Tensor,

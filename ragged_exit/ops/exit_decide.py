@@ -8,6 +8,7 @@ from torch import Tensor
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.exit_step import ExitDecision, check_classes, decision, fake_exit, row_threshold, rule_state
+from ragged_exit.ops.registration import registered
 from ragged_exit.rules import ExitRule, ScoreSpec
 
 
@@ -60,7 +61,7 @@ def exit_decide(
     return decision(outputs, counter is not None)
 
 
-@torch.library.custom_op("ragged_exit::exit_decide", mutates_args=())
+@registered()
 def _exit_decide(
     logits: Tensor,  # [Bcap, C]
     signal: Tensor | None,  # [Bcap] or [Bcap, C]
@@ -84,7 +85,7 @@ def _exit_decide(
     )
 
 
-@_exit_decide.register_fake
+@torch.library.register_fake("ragged_exit::exit_decide")
 def _(
     logits: Tensor,
     signal: Tensor | None,

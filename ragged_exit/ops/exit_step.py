@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
-from ragged_exit.heads import MlpHead
+from ragged_exit.heads import HeadWeights, MlpHead
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.packed_linear import fits_packing, linears_available, pack_linear
+from ragged_exit.ops.registration import registered
 from ragged_exit.rules import ExitRule, ScoreSpec
 
 
@@ -69,16 +71,7 @@ def exit_step(
         hidden,
         batch.cu_seqlens,
         batch.live,
-        head.classifier_weight,
-        head.classifier_bias,
-        head.pooler_weight,
-        head.pooler_bias,
-        head.packed_pooler,
-        head.uncertainty_weight,
-        head.uncertainty_bias,
-        head.prototype_weight,
-        head.prototype_bias,
-        head.prototypes,
+        head.weights[:-1],
         head.pooling,
         counter,
         previous,
@@ -102,21 +95,12 @@ def packed_for(impl: str | None, head: MlpHead) -> MlpHead:
     return dataclasses.replace(head, packed_pooler=pack_linear(weight.float(), None).panels)
 
 
-@torch.library.custom_op("ragged_exit::exit_step", mutates_args=())
+@registered()
 def _exit_step(
     hidden: Tensor,  # [Tcap, H]
     cu_seqlens: Tensor,  # i32 [Bcap + 1]
     live: Tensor,  # i32 [2]
-    classifier_weight: Tensor,  # [C, P]
-    classifier_bias: Tensor | None,  # [C]
-    pooler_weight: Tensor | None,  # [P, H]
-    pooler_bias: Tensor | None,  # [P]
-    packed_pooler: Tensor | None,
-    uncertainty_weight: Tensor | None,  # [P]
-    uncertainty_bias: Tensor | None,  # [1]
-    prototype_weight: Tensor | None,  # [D, H]
-    prototype_bias: Tensor | None,  # [D]
-    prototypes: Tensor | None,  # [C, D]
+    head: Sequence[Tensor | None],  # as HeadWeights has them
     pooling: str,
     counter: Tensor | None,  # i32 [Bcap]
     previous: Tensor | None,  # f32 [Bcap]
@@ -130,40 +114,20 @@ def _exit_step(
     final: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = MlpHead(
-        classifier_weight=classifier_weight,
-        classifier_bias=classifier_bias,
-        pooler_weight=pooler_weight,
-        pooler_bias=pooler_bias,
-        uncertainty_weight=uncertainty_weight,
-        uncertainty_bias=uncertainty_bias,
-        prototype_weight=prototype_weight,
-        prototype_bias=prototype_bias,
-        prototypes=prototypes,
-        pooling=pooling,
-        packed_pooler=packed_pooler,
-    )
     spec = ScoreSpec(score, compare, tolerance, temperature, lam, dr_order)
     return tuple(
-        implementation(impl).exit_step(hidden, cu_seqlens, live, head, counter, previous, threshold, spec, final)
+        implementation(impl).exit_step(
+            hidden, cu_seqlens, live, HeadWeights._make((*head, pooling)), counter, previous, threshold, spec, final
+        )
     )
 
 
-@_exit_step.register_fake
+@torch.library.register_fake("ragged_exit::exit_step")
 def _(
     hidden: Tensor,
     cu_seqlens: Tensor,
     live: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor | None,
-    pooler_weight: Tensor | None,
-    pooler_bias: Tensor | None,
-    packed_pooler: Tensor | None,
-    uncertainty_weight: Tensor | None,
-    uncertainty_bias: Tensor | None,
-    prototype_weight: Tensor | None,
-    prototype_bias: Tensor | None,
-    prototypes: Tensor | None,
+    head: Sequence[Tensor | None],
     pooling: str,
     counter: Tensor | None,
     previous: Tensor | None,
@@ -177,7 +141,9 @@ def _(
     final: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    return fake_exit(hidden, cu_seqlens, classifier_weight.shape[0], counter is not None)
+    return fake_exit(
+        hidden, cu_seqlens, HeadWeights._make((*head, pooling)).classifier_weight.shape[0], counter is not None
+    )
 
 
 def fake_exit(like: Tensor, cu_seqlens: Tensor, classes: int, counts: bool) -> ExitTensors:

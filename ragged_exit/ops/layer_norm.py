@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ragged_exit.ops.dispatch import implementation, resolve_impl
+from ragged_exit.ops.registration import registered
 
 KINDS = ("standard", "uer")
 
@@ -54,19 +55,19 @@ def add_layer_norm(
     return out
 
 
-@torch.library.custom_op("ragged_exit::add_layer_norm", mutates_args=())
+@registered()
 def _add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kind: str, impl: str
 ) -> Tensor:
     return implementation(impl).add_layer_norm(x, residual, weight, bias, eps, kind)
 
 
-@_add_layer_norm.register_fake
+@torch.library.register_fake("ragged_exit::add_layer_norm")
 def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kind: str, impl: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("ragged_exit::add_layer_norm_into", mutates_args=("out",))
+@registered(mutates_args=("out",))
 def _add_layer_norm_into(
     out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kind: str, impl: str
 ) -> None:

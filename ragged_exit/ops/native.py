@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
-from ragged_exit.heads import MlpHead
+from ragged_exit.heads import HeadWeights
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
@@ -172,7 +172,7 @@ def exit_step(
     hidden: Tensor,  # [Tcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
-    head: MlpHead,
+    head: HeadWeights,
     counter: Tensor | None,  # [Bcap]
     previous: Tensor | None,  # [Bcap]
     threshold: Tensor,  # [1] or [Bcap]
@@ -285,7 +285,7 @@ def compact(
     )
 
 
-def _check_pooler(head: MlpHead, pooled: int, hidden: Tensor) -> None:
+def _check_pooler(head: HeadWeights, pooled: int, hidden: Tensor) -> None:
     packed, width = head.packed_pooler, hidden.shape[1]
     if packed is None:
         if head.pooler_weight is not None and head.pooler_weight.dtype != hidden.dtype:

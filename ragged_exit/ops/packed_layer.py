@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from ragged_exit.ops.common import check_cu_seqlens
 from ragged_exit.ops.dispatch import implementation, native_available
 from ragged_exit.ops.layer_norm import KINDS
 from ragged_exit.ops.packed_linear import BLOCK, PackedWeights, check_packed, packed_dtype, resolve_packed
+from ragged_exit.ops.registration import registered
 
 
 class LayerNormWeights(NamedTuple):
@@ -20,9 +23,13 @@ class LayerNormWeights(NamedTuple):
     bias: Tensor
 
 
-class PackedLayer(NamedTuple):
+@dataclass(frozen=True)
+class PackedLayer:
     """A post-LayerNorm layer of a transformer, packed: linears ``[3 H, H]`` (query, key, value), ``[H, H]``, ``[F, H]``
-    and ``[H, F]``, GELU between the last two, and a LayerNorm after each residual sum."""
+    and ``[H, F]``, GELU between the last two, and a LayerNorm after each residual sum.
+
+    Raises ValueError for linears or norms of other shapes, of several dtypes, or that the kernels cannot read.
+    """
 
     qkv: PackedWeights
     attention_output: PackedWeights
@@ -30,6 +37,43 @@ class PackedLayer(NamedTuple):
     feed_forward_up: PackedWeights
     feed_forward_down: PackedWeights
     output_norm: LayerNormWeights
+
+    def __post_init__(self) -> None:  # here and not at every call, which would pay for it after every layer
+        width, inner = self.width, len(self.feed_forward_up.bias)
+        shapes = {
+            "qkv": (3 * width, width),
+            "attention_output": (width, width),
+            "feed_forward_up": (inner, width),
+            "feed_forward_down": (width, inner),
+        }
+        for name, shape in shapes.items():
+            weights: PackedWeights = getattr(self, name)
+            check_packed(name, weights)
+            found, dtype = tuple(BLOCK * size for size in weights.panels.shape[:2]), packed_dtype(weights)
+            if found != shape or dtype != self.dtype:
+                raise ValueError(f"{name}: expected {self.dtype} {list(shape)}, got {dtype} {list(found)}")
+        for name in ("attention_norm", "output_norm"):
+            for value in getattr(self, name):
+                if value.shape != (width,) or value.dtype != self.dtype:
+                    raise ValueError(f"{name}: expected {self.dtype} [{width}], got {value.dtype} {list(value.shape)}")
+
+    @property
+    def width(self) -> int:
+        return len(self.output_norm.weight)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that were packed, and of the hidden states."""
+        return packed_dtype(self.qkv)
+
+    @property
+    def linears(self) -> list[PackedWeights]:
+        return [self.qkv, self.attention_output, self.feed_forward_up, self.feed_forward_down]
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [tensor for item in fields(self) for tensor in getattr(self, item.name)]
 
 
 def packed_layer(
@@ -51,23 +95,7 @@ def packed_layer(
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device; RuntimeError as
     ``packed_linear``.
     """
-    width, inner = len(layer.output_norm.weight), len(layer.feed_forward_up.bias)
-    shapes = {
-        "qkv": (3 * width, width),
-        "attention_output": (width, width),
-        "feed_forward_up": (inner, width),
-        "feed_forward_down": (width, inner),
-    }
-    dtype = packed_dtype(layer.qkv)
-    for name, shape in shapes.items():
-        weights: PackedWeights = getattr(layer, name)
-        check_packed(f"layer.{name}", weights)
-        found = tuple(BLOCK * size for size in weights.panels.shape[:2])
-        if found != shape or packed_dtype(weights) != dtype:
-            raise ValueError(f"layer: expected {name} {dtype} {list(shape)}, got {packed_dtype(weights)} {list(found)}")
-    for value in (*layer.attention_norm, *layer.output_norm):
-        if value.shape != (width,) or value.dtype != dtype:
-            raise ValueError(f"layer: expected norms {dtype} [{width}], got {value.dtype} {list(value.shape)}")
+    width, dtype = layer.width, layer.dtype
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads: expected a divisor of {width}, got {num_heads}")
     if kind not in KINDS:
@@ -79,9 +107,8 @@ def packed_layer(
     if hidden.dtype != dtype:
         raise TypeError(f"hidden: expected {dtype} as the packed weights, got {hidden.dtype}")
     check_cu_seqlens(cu_seqlens, hidden.device)
-    tensors = [tensor for pair in layer for tensor in pair]
-    linears = [layer.qkv, layer.attention_output, layer.feed_forward_up, layer.feed_forward_down]
-    _packed_layer(hidden, cu_seqlens, tensors, num_heads, eps, kind, resolve_packed(impl, hidden.device, linears))
+    resolved = resolve_packed(impl, hidden.device, layer.linears)
+    _packed_layer(hidden, cu_seqlens, layer.tensors, num_heads, eps, kind, resolved)
 
 
 def take_layer_seconds() -> tuple[float, float, float]:
@@ -93,7 +120,7 @@ def take_layer_seconds() -> tuple[float, float, float]:
     return tuple(_native.take_layer_seconds())  # type: ignore[return-value]
 
 
-@torch.library.custom_op("ragged_exit::packed_layer", mutates_args=("hidden",))
+@registered(mutates_args=("hidden",))
 def _packed_layer(
     hidden: Tensor, cu_seqlens: Tensor, layer: list[Tensor], num_heads: int, eps: float, kind: str, impl: str
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ragged_exit.ops.dispatch import implementation, native_available, resolve_impl
+from ragged_exit.ops.registration import registered
 
 BLOCK = 32  # inputs and outputs come in whole blocks: of LinearArgs in csrc/kernels.h
 DTYPES = (torch.float32, torch.bfloat16)
@@ -168,11 +169,11 @@ def _for_tiles(weights: PackedWeights) -> bool:
     return weights.panels.shape[2] == 3
 
 
-@torch.library.custom_op("ragged_exit::packed_linear", mutates_args=())
+@registered()
 def _packed_linear(x: Tensor, panels: Tensor, bias: Tensor, residual: Tensor | None, gelu: bool, impl: str) -> Tensor:
     return implementation(impl).packed_linear(x, panels, bias, residual, gelu)
 
 
-@_packed_linear.register_fake
+@torch.library.register_fake("ragged_exit::packed_linear")
 def _(x: Tensor, panels: Tensor, bias: Tensor, residual: Tensor | None, gelu: bool, impl: str) -> Tensor:
     return x.new_empty(x.shape[0], bias.shape[0])

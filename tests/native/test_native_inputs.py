@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ def test_strided_and_misaligned_inputs(dtype: torch.dtype) -> None:
 
     head = native_cases.head(50, 33, 3, dtype)
     hidden = misaligned(35, 50, dtype=dtype, row_stride=64)
-    arguments = (head, None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
+    arguments = (head.weights, None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     strided = native.exit_step(hidden, cu_seqlens, live, *arguments)
     assert torch.equal(strided.logits, native.exit_step(hidden.contiguous(), cu_seqlens, live, *arguments).logits)
 
@@ -79,7 +78,7 @@ def test_poison_stays_in_its_sequence(dtype: torch.dtype, poison: float) -> None
 
     head = native_cases.head(16, 40, 3, dtype)
     hidden = torch.randn(98, 16).to(dtype)
-    arguments = (head, None, None, torch.tensor([9.0]), Entropy(9.0).spec, False)
+    arguments = (head.weights, None, None, torch.tensor([9.0]), Entropy(9.0).spec, False)
     clean_step = native.exit_step(hidden, cu_seqlens, live, *arguments)
     hidden[5] = poison
     step = native.exit_step(hidden, cu_seqlens, live, *arguments)
@@ -107,7 +106,7 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     head = native_cases.head(16, 40, 3, torch.float32)
     arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     with pytest.raises(TypeError, match="head: expected weights in the dtype of hidden"):
-        native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head, *arguments)
+        native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head.weights, *arguments)
     head = native_cases.head(32, 40, 3, torch.float32)
     for packed in (  # panels are of 32 outputs: one would leave 8 of 40 unset
         pack_linear(torch.zeros(32, 32), None).panels,
@@ -115,4 +114,6 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
         torch.zeros(40, 32),
     ):
         with pytest.raises(ValueError, match="packed_pooler: expected what packed_for makes"):
-            native.exit_step(torch.zeros(3, 32), cu_seqlens, live, replace(head, packed_pooler=packed), *arguments)
+            native.exit_step(
+                torch.zeros(3, 32), cu_seqlens, live, head.weights._replace(packed_pooler=packed), *arguments
+            )

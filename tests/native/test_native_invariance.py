@@ -52,7 +52,7 @@ def test_exit_step(dtype: torch.dtype, classes: int, layout: str, threads: int) 
                 rows,
                 cu_seqlens[: count + 1],
                 torch.tensor([count, count], dtype=torch.int32),
-                head,
+                head.weights,
                 None,
                 None,
                 torch.tensor([0.5]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ragged_exit.ops import (
     LayerNormWeights,
     PackedLayer,
+    PackedWeights,
     add_layer_norm,
     linears_available,
     pack_linear,
@@ -27,7 +29,6 @@ from ragged_exit.ops import (
     packed_linear,
     varlen_attention,
 )
-from ragged_exit.ops.packed_layer import _packed_layer
 from ragged_exit.ops.reference import add_layer_norm as reference_norm
 from ragged_exit.ops.reference import varlen_attention as reference_attention
 from ragged_exit.testing import assert_error_budget, assert_same_values, seeded
@@ -161,38 +162,42 @@ def test_nan_stays_in_its_row(kernel, dtype):
 def test_opcheck(kernel, dtype):
     layer = packed(random_weights(32, 64, dtype, 8))
     hidden, bounds = packed_rows([3, 4], 32, dtype, 9)
-    tensors = [tensor for pair in layer for tensor in pair]
+    op = torch.ops.ragged_exit.packed_layer
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
-    arguments = (hidden, bounds, tensors, 2, EPS, "standard", kernel)
-    assert torch.library.opcheck(_packed_layer, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
+    arguments = (hidden, bounds, layer.tensors, 2, EPS, "standard", kernel)
+    assert torch.library.opcheck(op, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
+
+
+def test_a_layer_of_parts_that_do_not_fit_cannot_be():
+    weights = random_weights(32, 64, torch.float32, 10)
+    layer = packed(weights)
+
+    def refused(match: str, **parts: PackedWeights | LayerNormWeights) -> None:
+        with pytest.raises(ValueError, match=match):
+            replace(layer, **parts)
+
+    refused(r"qkv: expected .*\[96, 32\], got .*\[32, 32\]", qkv=layer.attention_output)
+    half = pack_linear(weights[0][0].bfloat16(), None)
+    refused(r"attention_output: expected torch\.bfloat16 .* got torch\.float32", qkv=half)
+    refused(
+        r"output_norm: expected .*\[32\], got .*\[31\]", output_norm=LayerNormWeights(torch.ones(32), torch.ones(31))
+    )
+    wide = LayerNormWeights(torch.ones(32).double(), torch.ones(32))
+    refused(r"attention_norm: expected torch\.float32 \[32\], got torch\.float64", attention_norm=wide)
+    odd = layer.feed_forward_up._replace(bias=torch.zeros(65))
+    refused(r"feed_forward_up: expected a float32 bias \[64\], got .*\[65\]", feed_forward_up=odd)
 
 
 def test_errors_name_the_argument(monkeypatch):
-    weights = random_weights(32, 64, torch.float32, 10)
-    layer = packed(weights)
+    layer = packed(random_weights(32, 64, torch.float32, 10))
     hidden, bounds = packed_rows([3, 4], 32, torch.float32, 11)
 
-    def refused(
-        error: type[Exception], match: str, hidden=hidden, bounds=bounds, layer=layer, heads=2, kind="standard"
-    ):
+    def refused(error: type[Exception], match: str, hidden=hidden, bounds=bounds, heads=2, kind="standard"):
         with pytest.raises(error, match=match):
             packed_layer(hidden, bounds, layer, heads, EPS, kind)
 
-    refused(ValueError, r"layer: expected qkv .*\[96, 32\], got .*\[32, 32\]", layer=layer._replace(qkv=layer[1]))
-    half = pack_linear(weights[0][0].bfloat16(), None)
-    refused(ValueError, r"layer: expected attention_output torch\.bfloat16", layer=layer._replace(qkv=half))
-    short = LayerNormWeights(torch.ones(31), torch.ones(32))
-    refused(ValueError, r"layer: expected norms .*\[32\], got .*\[31\]", layer=layer._replace(attention_norm=short))
-    wide = LayerNormWeights(torch.ones(32).double(), torch.ones(32))
-    refused(ValueError, r"layer: expected norms torch\.float32", layer=layer._replace(attention_norm=wide))
     for heads in (3, 0, -2):
         refused(ValueError, f"num_heads: expected a divisor of 32, got {heads}", heads=heads)
-    odd = layer.feed_forward_up._replace(bias=torch.zeros(65))
-    refused(
-        ValueError,
-        r"layer\.feed_forward_up: expected a float32 bias \[64\], got .*\[65\]",
-        layer=layer._replace(feed_forward_up=odd),
-    )
     refused(ValueError, "kind: expected one of", kind="rms")
     refused(ValueError, "hidden: expected a CPU tensor", hidden=hidden.to("meta"))
     refused(ValueError, r"hidden: expected contiguous \[T, 32\]", hidden=hidden[:, :31])

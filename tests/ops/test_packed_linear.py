@@ -20,7 +20,6 @@ from packed_cases import PACKED_KERNELS, PACKED_NATIVELY
 from torch import Tensor
 
 from ragged_exit.ops import PackedWeights, linears_available, pack_linear, packed_linear, tiles_available
-from ragged_exit.ops.packed_linear import _packed_linear
 from ragged_exit.testing import assert_error_budget, assert_same_values, seeded
 
 FINISHES = ("nothing", "gelu", "residual")
@@ -251,9 +250,10 @@ def test_a_float32_bias_is_copied_too():
 def test_opcheck(kernel, dtype):
     x, weight, bias, residual = inputs(5, 32, 64, 8, dtype)
     weights = pack_linear(weight, bias)
+    op = torch.ops.ragged_exit.packed_linear
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
     for gelu, added in ((False, None), (True, None), (False, residual)):
-        found = torch.library.opcheck(_packed_linear, (x, *weights, added, gelu, kernel), test_utils=checks)
+        found = torch.library.opcheck(op, (x, *weights, added, gelu, kernel), test_utils=checks)
         assert found == dict.fromkeys(checks, "SUCCESS")
 
 

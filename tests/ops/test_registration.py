@@ -9,17 +9,18 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops import add_layer_norm, compact, dispatch, exit_decide, exit_step, resolve_impl, varlen_attention
-from ragged_exit.ops.attention import _varlen_attention
 from ragged_exit.ops.compact import _compact
 from ragged_exit.ops.exit_decide import _exit_decide
 from ragged_exit.ops.exit_step import _exit_step
-from ragged_exit.ops.layer_norm import _add_layer_norm, _add_layer_norm_into
 from ragged_exit.rules import DistanceEntropy, Entropy, ExitRule, LearnedUncertainty, Patience
 from ragged_exit.testing import assert_same_values, qkv_views, random_batch, random_head, random_state, seeded
 
+OPS = torch.ops.ragged_exit
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
 
 
@@ -38,16 +39,7 @@ def step_arguments(rule: ExitRule, dtype: torch.dtype, impl: str, device: str, *
         batch.hidden,
         batch.cu_seqlens,
         batch.live,
-        head.classifier_weight,
-        head.classifier_bias,
-        head.pooler_weight,
-        head.pooler_bias,
-        None,
-        head.uncertainty_weight,
-        head.uncertainty_bias,
-        head.prototype_weight,
-        head.prototype_bias,
-        head.prototypes,
+        head.weights[:-1],
         head.pooling,
         state.get("counter"),
         state.get("previous"),
@@ -70,7 +62,7 @@ def step_arguments(rule: ExitRule, dtype: torch.dtype, impl: str, device: str, *
     ids=lambda value: type(value).__name__ if isinstance(value, ExitRule) else "",
 )
 def test_opcheck_exit_step(impl, dtype, device, rule, head):
-    opcheck(_exit_step, step_arguments(rule, dtype, impl, device, **head))
+    opcheck(OPS.exit_step, step_arguments(rule, dtype, impl, device, **head))
 
 
 @pytest.mark.parametrize("rule", [Entropy(0.5), LearnedUncertainty(0.5), Patience(2)], ids=lambda rule: rule.spec.score)
@@ -82,7 +74,10 @@ def test_opcheck_exit_decide(impl, dtype, device, rule):
     logits = torch.randn(4, 3, generator=generator).to(dtype).to(device)
     row_state = (state.get("counter"), state.get("previous"))
     threshold = torch.rand(4, generator=generator).to(device)
-    opcheck(_exit_decide, (logits, signal, cu_seqlens, live, *row_state, threshold, *rule.spec, False, impl))
+    opcheck(
+        torch.ops.ragged_exit.exit_decide,
+        (logits, signal, cu_seqlens, live, *row_state, threshold, *rule.spec, False, impl),
+    )
 
 
 def test_opcheck_compact(impl, dtype, device):
@@ -95,22 +90,30 @@ def test_opcheck_compact(impl, dtype, device):
         [batch.sample_ids, torch.ones(3, 2, dtype=torch.bool, device=device)],
     )
     new_tokens, new_rows = [value[:5].clone() for value in tokens], [value[:2].clone() for value in rows]
-    opcheck(_compact, (new_tokens, new_rows, tokens, rows, survivors, batch.cu_seqlens, bounds, live, impl))
+    opcheck(
+        torch.ops.ragged_exit.compact,
+        (new_tokens, new_rows, tokens, rows, survivors, batch.cu_seqlens, bounds, live, impl),
+    )
 
 
 def test_opcheck_varlen_attention(impl, dtype, device):
     q, k, v = qkv_views(6, 2, 16, seeded(4), dtype=dtype, device=device)
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
-    opcheck(_varlen_attention, (q, k, v, cu_seqlens, 3, 0.25, impl))
+    opcheck(OPS.varlen_attention, (q, k, v, cu_seqlens, 3, 0.25, impl))
 
 
 def test_opcheck_add_layer_norm(impl, dtype, device):
     x, residual = torch.randn(2, 6, 16, generator=seeded(5)).to(dtype).to(device)
     weight, bias = torch.randn(2, 16, generator=seeded(6)).to(dtype).to(device)
     for kind in ("standard", "uer"):
-        opcheck(_add_layer_norm, (x, residual, weight, bias, 1e-6, kind, impl))
-        opcheck(_add_layer_norm, (torch.cat((x, x), 1)[:, 3:19], None, weight, bias, 1e-6, kind, impl))  # strided
-        opcheck(_add_layer_norm_into, (torch.empty_like(x), x, residual, weight, bias, 1e-6, kind, impl))
+        opcheck(OPS.add_layer_norm, (x, residual, weight, bias, 1e-6, kind, impl))
+        opcheck(
+            torch.ops.ragged_exit.add_layer_norm, (torch.cat((x, x), 1)[:, 3:19], None, weight, bias, 1e-6, kind, impl)
+        )  # strided
+        opcheck(
+            torch.ops.ragged_exit.add_layer_norm_into,
+            (torch.empty_like(x), x, residual, weight, bias, 1e-6, kind, impl),
+        )
 
 
 class Layer(nn.Module):
@@ -132,11 +135,8 @@ class Layer(nn.Module):
         hidden = add_layer_norm(attended, hidden, self.weight, self.bias, 1e-6, impl=self.impl)
         hidden = add_layer_norm(hidden * 2, None, self.weight, self.bias, 1e-6, out=hidden, impl=self.impl)
         spec = Entropy(1.0).spec
-        absent = (None,) * 10
-        first = _exit_step(
-            hidden, cu_seqlens, live, self.classifier, *absent[:9], "cls", None, None, self.threshold, *spec, False,
-            self.impl,
-        )  # fmt: skip
+        head = (self.classifier, *(None,) * 9)
+        first = _exit_step(hidden, cu_seqlens, live, head, "cls", None, None, self.threshold, *spec, False, self.impl)
         logits, _, _, survivors, bounds, left = first[:6]
         second = _exit_decide(logits * 2, None, cu_seqlens, live, None, None, self.threshold, *spec, True, self.impl)
         new_hidden, new_logits = torch.empty_like(hidden), torch.empty_like(logits)
@@ -169,11 +169,49 @@ def test_exports(impl, device):
     layer, inputs = Layer(impl).to(device), layer_inputs(device)
     exported = torch.export.export(layer, inputs)
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
-    ops = torch.ops.ragged_exit
-    assert {getattr(ops, name).default for name in ("exit_step", "exit_decide", "compact")} <= called
-    assert {ops.varlen_attention.default, ops.add_layer_norm.default} <= called
+    assert {getattr(OPS, name).default for name in ("exit_step", "exit_decide", "compact")} <= called
+    assert {OPS.varlen_attention.default, OPS.add_layer_norm.default} <= called
     for actual, expected in zip(exported.module()(*inputs), layer(*inputs), strict=True):
         assert_same_values(actual, expected)
+
+
+class Seen(TorchDispatchMode):
+    """Writes down what torch is asked to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_ops(monkeypatch):
+    """In inference mode the kernels are called without torch, unless something would see the op; it answers alike."""
+    layer, inputs, name = Layer("reference"), layer_inputs("cpu"), "ragged_exit::exit_step"
+    asked = []
+    monkeypatch.setattr(
+        torch.library.CustomOpDef, "__call__", lambda op, *args: asked.append(op) or op._opoverload(*args)
+    )
+    outside = layer(*inputs)
+    assert len(asked) == 6
+    with torch.inference_mode():
+        asked.clear()
+        inside = layer(*inputs)
+        assert asked == []
+        with Seen() as seen:
+            layer(*inputs)
+        assert name in seen.names and len(asked) == 6
+        with torch.profiler.profile() as profile:
+            layer(*inputs)
+        assert name in {event.name for event in profile.events()}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(layer(*inputs)[0], FakeTensor)
+    for found, expected in zip(inside, outside, strict=True):
+        assert_same_values(found, expected)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        layer(inputs[0].requires_grad_(), *inputs[1:])[0].sum().backward()
 
 
 # which implementation ---------------------------------------------------------------------------------------------

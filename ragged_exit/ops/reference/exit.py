@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ragged_exit.heads import MlpHead
+from ragged_exit.heads import HeadWeights
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.reference import scores
 from ragged_exit.rules import ScoreSpec
@@ -18,7 +18,7 @@ def exit_step(
     hidden: Tensor,  # [Tcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
-    head: MlpHead,
+    head: HeadWeights,
     counter: Tensor | None,  # [Bcap]
     previous: Tensor | None,  # [Bcap]
     threshold: Tensor,  # [1] or [Bcap]

@@ -8,14 +8,12 @@ sums a fixed order, so a row's bits do not depend on its neighbours, its place o
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragged_exit.heads import MlpHead
+from ragged_exit.heads import HeadWeights
 from ragged_exit.ops.common import ExitTensors
 from ragged_exit.ops.triton.config import config, on_its_device
 from ragged_exit.ops.triton.device import cosine_distance, dot, linear_tile, narrow
@@ -307,7 +305,7 @@ def exit_step(
     hidden: Tensor,  # [Tcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
-    head: MlpHead,
+    head: HeadWeights,
     counter: Tensor | None,  # [Bcap]
     previous: Tensor | None,  # [Bcap]
     threshold: Tensor,  # [1] or [Bcap]
@@ -378,10 +376,10 @@ def exit_step(
     return outputs
 
 
-def _what_the_score_needs(head: MlpHead, score: str) -> MlpHead:
+def _what_the_score_needs(head: HeadWeights, score: str) -> HeadWeights:
     """The head without the uncertainty or the prototypes that this score does not ask for."""
     if score != "uncertainty":
-        head = replace(head, uncertainty_weight=None, uncertainty_bias=None)
+        head = head._replace(uncertainty_weight=None, uncertainty_bias=None)
     if score != "distance_entropy":
-        head = replace(head, prototype_weight=None, prototype_bias=None, prototypes=None)
+        head = head._replace(prototype_weight=None, prototype_bias=None, prototypes=None)
     return head

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops import add_layer_norm, compact, embed_layer_norm, exit_decide, varlen_attention
 from ragged_exit.ops import triton as triton_kernels
-from ragged_exit.ops.embed_layer_norm import _embed_layer_norm
 from ragged_exit.rules import Entropy
 from ragged_exit.testing import (
     assert_compacted,
@@ -182,7 +181,7 @@ def test_opcheck_embed(impl, types):
         impl,
     )
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
-    results = torch.library.opcheck(_embed_layer_norm, arguments, test_utils=checks)
+    results = torch.library.opcheck(torch.ops.ragged_exit.embed_layer_norm, arguments, test_utils=checks)
     assert results == dict.fromkeys(checks, "SUCCESS")
 
 
