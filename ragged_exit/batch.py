@@ -64,6 +64,11 @@ class RaggedBatch:
             raise ValueError(
                 f"live: expected int32 [2] on {rows.device}, got {live.dtype} {list(live.shape)} on {live.device}"
             )
+        ids = self.sample_ids
+        if ids.shape != (self.row_capacity,) or ids.device != rows.device:
+            raise ValueError(
+                f"sample_ids: expected [{self.row_capacity}] on {rows.device}, got {list(ids.shape)} on {ids.device}"
+            )
 
     @property
     def row_capacity(self) -> int:
@@ -101,13 +106,16 @@ class RaggedBatch:
         tokens = int(seqlens.sum(dtype=torch.int64))
         if tokens > MOST_TOKENS:
             raise ValueError(f"seqlens: expected at most {MOST_TOKENS} tokens, got {tokens}")
-        seqlens = seqlens.to(device="cpu", dtype=torch.int32)
+        fields.setdefault("sample_ids", torch.arange(len(seqlens), device=device))
+        return cls._of(seqlens.to(device="cpu", dtype=torch.int32), tokens, device, **fields)
+
+    @classmethod
+    def _of(cls, seqlens: Tensor, tokens: int, device: torch.device | str, **fields: Any) -> RaggedBatch:
+        """``from_seqlens`` of int32 lengths on the host whose sum is known: nothing is left to check."""
         cu_seqlens = seqlens.new_zeros(len(seqlens) + 1)
         torch.cumsum(seqlens, 0, dtype=torch.int32, out=cu_seqlens[1:])
         live = seqlens.new_tensor([len(seqlens), tokens])
-        fields.setdefault("sample_ids", torch.arange(len(seqlens), device=device))
-        cu_seqlens, live = to_device(cu_seqlens, device), to_device(live, device)
-        return cls(cu_seqlens=cu_seqlens, live=live, seqlens=seqlens, **fields)  # type: ignore[arg-type]
+        return cls(cu_seqlens=to_device(cu_seqlens, device), live=to_device(live, device), seqlens=seqlens, **fields)
 
     @classmethod
     def pack(
@@ -239,21 +247,26 @@ class RaggedBatch:
         )
 
     @classmethod
-    def merge(cls, parts: Sequence[RaggedBatch]) -> RaggedBatch:
-        """The live rows of all ``parts`` (with the same fields and state) one after the other, without hidden states.
+    def merge(cls, parts: Sequence[RaggedBatch], hidden: Tensor | None = None) -> RaggedBatch:
+        """The live rows of all ``parts`` (with the same fields and state) one after the other.
 
-        ``seqlens`` must be the truth.
+        hidden: their hidden states ``[tokens, H]``, which already lie so. ``seqlens`` must be the truth.
         """
-        merged = cls.from_seqlens(
+        first = parts[0]
+        tokens = {
+            name: torch.cat([getattr(part, name)[: part.tokens] for part in parts])
+            for name in TOKEN_FIELDS[1:]
+            if getattr(first, name) is not None
+        }
+        return cls._of(
             torch.cat([part.seqlens for part in parts]),
-            parts[0].device,
+            sum(part.tokens for part in parts),
+            first.device,
             sample_ids=torch.cat([part.sample_ids[: part.rows] for part in parts]),
-            state={name: torch.cat([part.state[name][: part.rows] for part in parts]) for name in parts[0].state},
+            hidden=hidden,
+            state={name: torch.cat([part.state[name][: part.rows] for part in parts]) for name in first.state},
+            **tokens,
         )
-        for name in TOKEN_FIELDS[1:]:
-            if getattr(parts[0], name) is not None:
-                setattr(merged, name, torch.cat([getattr(part, name)[: part.tokens] for part in parts]))
-        return merged
 
     def with_hidden(self, hidden: Tensor) -> RaggedBatch:
         """The same rows with other hidden states."""

@@ -107,10 +107,11 @@ class Survivors(NamedTuple):
         seqlens, ends = self.seqlens[start:stop], self.decision.cu_seqlens[start : stop + 1]
         some = self.decision._replace(
             survivors=self.decision.survivors[start:stop],
-            cu_seqlens=ends - ends[0],
+            cu_seqlens=ends - ends[0] if start else ends,
             live=to_device(seqlens.new_tensor([stop - start, len(out)]), self.batch.device),
         )
-        return replace(compact(self.batch, some, len(out), out=out, impl=self.impl), seqlens=seqlens)
+        compacted = compact(self.batch, some, len(out), out=out, impl=self.impl)
+        return compacted if self.batch.live_on_host else replace(compacted, seqlens=seqlens)
 
 
 class RaggedExecutor:
@@ -169,7 +170,7 @@ class RaggedExecutor:
             batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0)
         if stage.restart:
             batch = stage.encoder.embed(batch, self.buffers)
-        if not self._keeps_ids[number]:
+        if not self._keeps_ids[number] and batch.input_ids is not None:
             batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
         self._run_layers(stage.encoder, stage.layers, batch)
         batch, decision = self._ask(stage, batch, number == len(self.stages) - 1)

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class _Filling:
         """Its rows, of at most the budget's tokens, or one row."""
         if len(self.parts) == 1:
             return self.parts[0]
-        return RaggedBatch.merge(self.parts).with_hidden(self.hidden[: self.tokens])
+        return RaggedBatch.merge(self.parts, self.hidden[: self.tokens])
 
 
 class _Pool:
@@ -200,18 +201,22 @@ class SurvivorPools:
 
     def _settle(self, departure: Departure) -> list[Finished]:
         """Credit the rows that left to the batches they came with; those that are complete."""
-        numbers = list(self._cohorts)
-        firsts = torch.tensor([cohort.first for cohort in self._cohorts.values()])
-        places = torch.searchsorted(firsts, departure.sample_ids, right=True) - 1
-        sizes = places.bincount(minlength=len(numbers)).tolist()  # places rise: pools are queues, survivors keep order
-        values = (departure.sample_ids, departure.logits, departure.score)
-        shares = zip(*(value.split(sizes) for value in values), strict=True)
-        finished = []
-        for number, size, (ids, logits, score) in zip(numbers, sizes, shares, strict=True):
+        cohorts = list(self._cohorts.items())
+        firsts = np.array([cohort.first for _, cohort in cohorts])
+        places = firsts.searchsorted(departure.sample_ids.numpy(), side="right") - 1
+        finished, start = [], 0
+        for (number, cohort), size in zip(cohorts, np.bincount(places, minlength=len(cohorts)).tolist(), strict=True):
             if size == 0:
                 continue
-            cohort = self._cohorts[number]
-            cohort.departures.append(Departure(departure.stage, ids - cohort.first, logits, score))
+            rows = slice(start, start + size)  # places rise: pools are queues, survivors keep order
+            share = Departure(
+                departure.stage,
+                departure.sample_ids[rows] - cohort.first,
+                departure.logits[rows],
+                departure.score[rows],
+            )
+            start += size
+            cohort.departures.append(share)
             cohort.left += size
             if cohort.left == cohort.rows:
                 del self._cohorts[number]

@@ -45,7 +45,10 @@ def _send(packed: Tensor) -> tuple[Tensor, Any]:
 
 def to_device(value: Tensor, device: torch.device | str) -> Tensor:
     """``value`` on ``device``; from the host, without waiting for what the device has still to do."""
+    device = torch.device(device)
+    if value.device == device:
+        return value
     on_host = value.device.type == "cpu"
-    if on_host and torch.device(device).type == "cuda":
+    if on_host and device.type == "cuda":
         value = value.pin_memory()  # from pageable memory the copy would wait
     return value.to(device, non_blocking=on_host)

@@ -248,6 +248,8 @@ def test_sequences_of_fractions_are_refused():
         ({"live": torch.tensor([1, 2])}, r"live: expected int32 \[2\] on cpu, got torch.int64"),
         ({"live": torch.ones(3, dtype=torch.int32)}, r"live: .* got torch.int32 \[3\]"),
         ({"live": torch.ones(2, dtype=torch.int32, device="meta")}, "live: .* on meta"),
+        ({"sample_ids": torch.arange(2)}, r"sample_ids: expected \[1\] on cpu, got \[2\] on cpu"),
+        ({"sample_ids": torch.arange(1, device="meta")}, "sample_ids: .* on meta"),
     ],
 )
 def test_what_the_kernels_read_is_what_they_expect(changes, message):
