@@ -203,8 +203,13 @@ def test_another_batchs_decision_or_state_is_refused(impl, device):
     decision = decide_by_hand(batch, [True, False, False])
     with pytest.raises(ValueError, match=r"decision: expected one of 3 rows, got \[2\]"):
         compact(batch, decision._replace(exits=decision.exits[:2]), 4, impl=impl)
-    with pytest.raises(ValueError, match=r"decision: expected 3 row ends for 2 survivors, got \[4\]"):
+    with pytest.raises(ValueError, match=r"decision: expected cu_seqlens int32 \[3\] on .*, got torch.int32 \[4\]"):
         compact(batch, decision._replace(survivors=decision.survivors[:2]), 4, impl=impl)
+    for name in ("survivors", "cu_seqlens", "live"):
+        value = getattr(decision, name)
+        for bad in (value.long(), value.to(torch.int8), value[None], value[:-1], value.to("meta")):
+            with pytest.raises(ValueError, match=r"decision: expected \w+ int32 \[\d\] on"):
+                compact(batch, decision._replace(**{name: bad}), 4, impl=impl)
     if batch.live_on_host:
         few = decision._replace(survivors=decision.survivors[:1], cu_seqlens=decision.cu_seqlens[:2])
         with pytest.raises(ValueError, match="decision: expected at most 1 live rows, as it has survivors, got 2"):

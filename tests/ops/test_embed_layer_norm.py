@@ -116,3 +116,9 @@ def test_ids_outside_a_table_are_refused(impl, device):
                 with pytest.raises(ValueError, match=f"{name}: expected 0 to {rows - 1}, got {bad}"):
                     implementation("native").embed_layer_norm(values[3][:20] * 0, *values, 1e-6, "standard")
             ids[13] = before
+
+
+def test_a_table_without_types_is_refused(impl, device):
+    values = inputs(20, 40, "no ids", 3, torch.float32, device)
+    with pytest.raises(ValueError, match="token_type: expected a table with rows, or None"):
+        embed_layer_norm(*values[:5], values[5][:0], *values[6:], 1e-6, impl=impl)
