@@ -135,7 +135,9 @@ def exit_case(
         ).weights
         cu_seqlens, live, counter, previous = _rows(score)
         spec = ScoreSpec(score, "<", 0.1)
-        return kernels.exit_step(new(32, size), cu_seqlens, live, head, counter, previous, torch.ones(1), spec, False)
+        return kernels.exit_step(
+            new(32, size), None, cu_seqlens, live, head, counter, previous, torch.ones(1), spec, False
+        )
 
     return call
 

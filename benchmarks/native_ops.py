@@ -242,7 +242,7 @@ def exit_steps(repeats: int) -> Iterator[Row]:
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
 
         def ours(x=x, cu_seqlens=cu_seqlens, live=live, head=head) -> Tensor:
-            return native.exit_step(x, cu_seqlens, live, head, None, None, threshold, rule.spec, False).score
+            return native.exit_step(x, None, cu_seqlens, live, head, None, None, threshold, rule.spec, False).score
 
         def theirs(
             x=x,

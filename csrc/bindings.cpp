@@ -96,12 +96,12 @@ void bind_linear(Address x, Address weights, Address bias, Address residual, Add
 }
 
 // weights: of qkv, attention_output, attention_norm, feed_forward_up, feed_forward_down, output_norm, with a bias each.
-void bind_layer(Address hidden, Address cu_seqlens, const std::array<Address, 12>& weights, int64_t rows, int64_t tokens,
-                int64_t width, int64_t heads, int64_t inner, float eps, bool uer, bool bf16, int threads) {
+void bind_layer(Address hidden, Address means, Address cu_seqlens, const std::array<Address, 12>& weights, int64_t rows,
+                int64_t tokens, int64_t width, int64_t heads, int64_t inner, float eps, bool uer, bool bf16, int threads) {
     const auto linear = [&](int i) { return LayerArgs::Linear{at<void>(weights[i]), at<float>(weights[i + 1])}; };
     const auto norm = [&](int i) { return LayerArgs::Norm{at<void>(weights[i]), at<void>(weights[i + 1])}; };
     check_cu_seqlens("cu_seqlens", at<int32_t>(cu_seqlens), rows, tokens);
-    layer({at<void>(hidden), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2), linear(6), linear(8),
+    layer({at<void>(hidden), at<float>(means), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2), linear(6), linear(8),
            norm(4), norm(10), eps, uer, bf16, threads});
 }
 
@@ -130,7 +130,7 @@ ExitArgs exit_args(const ExitInputs& in, const ExitOutputs& out, int64_t rows, i
     return a;
 }
 
-void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool mean,
+void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool mean, Address means,
                     // pooler, its bias, classifier, bias, uncertainty, bias, projection, bias, prototypes
                     const std::array<Address, 9>& head, int64_t pooled, int64_t projected, bool pooler_packed,
                     const ExitInputs& in, const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score,
@@ -145,6 +145,7 @@ void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool m
     }
     HeadArgs h{};
     h.hidden = at<void>(hidden), h.hidden_stride = hidden_stride, h.width = width, h.mean = mean;
+    h.means = at<float>(means);
     h.pooler = at<void>(head[0]), h.pooler_bias = at<void>(head[1]);
     h.classifier = at<void>(head[2]), h.classifier_bias = at<void>(head[3]);
     h.uncertainty = at<void>(head[4]), h.uncertainty_bias = at<void>(head[5]);

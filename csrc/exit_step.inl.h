@@ -42,7 +42,7 @@ struct ExitScratch {
         const bool measures = a.score == Score::distance_entropy, wide = a.classes > kNarrow;
         Arena arena{memory};
         rows = reinterpret_cast<const float**>(arena.take(n * 2));
-        pooled_hidden = arena.take(a.bf16 || h.mean || packed_pooler(h) ? n * h.width : 0);
+        pooled_hidden = arena.take(!h.means && (a.bf16 || h.mean || packed_pooler(h)) ? n * h.width : 0);
         hidden_tiles = arena.take((h.pooler && !packed_pooler(h)) || measures ? Tiles::floats(n, h.width) : 0);
         pooled = arena.take(h.pooler ? n * h.pooled : 0);
         pooled_tiles = arena.take(wide ? Tiles::floats(n, h.pooled) : 0);
@@ -56,31 +56,49 @@ struct ExitScratch {
     }
 };
 
-// The row's first token, or the mean of its tokens, as floats: in `target`, or in place where hidden can be read as it is.
+// The mean of `tokens` tokens, as floats; zeros for none.
 template <typename T>
-RX_INLINE const float* pool_row(const HeadArgs& h, const T* hidden, int64_t tokens, float* target) {
-    if constexpr (std::is_same_v<T, float>) {
-        if (!h.mean && !packed_pooler(h)) return hidden;
-    }
-    const int64_t used = h.mean ? tokens : 1;
-    const Vec count = set1(static_cast<float>(used));
+RX_INLINE void mean_row(const T* hidden, int64_t stride, int64_t tokens, int64_t width, float* target) {
+    const Vec count = set1(static_cast<float>(larger(1, tokens)));
     int64_t i = 0;
     // as much of a token at a time as registers hold: reading in the order of memory is what the hardware can fetch ahead
-    for (; i + kMeanVecs * kWidth <= h.width; i += kMeanVecs * kWidth) {
+    for (; i + kMeanVecs * kWidth <= width; i += kMeanVecs * kWidth) {
         Vec totals[kMeanVecs];
         for (Vec& total : totals) total = zero();
-        for (int64_t t = 0; t < used; ++t) {
-            const T* token = hidden + t * h.hidden_stride + i;
+        for (int64_t t = 0; t < tokens; ++t) {
+            const T* token = hidden + t * stride + i;
             for (int j = 0; j < kMeanVecs; ++j) totals[j] = totals[j] + load(token + j * kWidth);
         }
         for (int j = 0; j < kMeanVecs; ++j) store(target + i + j * kWidth, totals[j] / count);
     }
-    for (; i < h.width; i += kWidth) {
-        const int64_t n = smaller(kWidth, h.width - i);
+    for (; i < width; i += kWidth) {
+        const int64_t n = smaller(kWidth, width - i);
         Vec total = zero();
-        for (int64_t t = 0; t < used; ++t) total = total + load_n(hidden + t * h.hidden_stride + i, n);
+        for (int64_t t = 0; t < tokens; ++t) total = total + load_n(hidden + t * stride + i, n);
         store_n(target + i, total / count, n);
     }
+}
+
+template <typename T>
+void mean_rows_of(const MeanArgs& a) {
+#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const int64_t token = a.cu_seqlens[row], tokens = a.cu_seqlens[row + 1] - token;
+        mean_row(static_cast<const T*>(a.hidden) + token * a.hidden_stride, a.hidden_stride, tokens, a.width,
+                 a.out + row * a.width);
+    }
+}
+
+void mean_rows(const MeanArgs& a) { a.bf16 ? mean_rows_of<Bf16>(a) : mean_rows_of<float>(a); }
+
+// What the head sees of a row, as floats: its first token, or the mean of its tokens; in `target`, or where it lies.
+template <typename T>
+RX_INLINE const float* pool_row(const HeadArgs& h, int64_t row, const T* hidden, int64_t tokens, float* target) {
+    if (h.means) return h.means + row * h.width;
+    if constexpr (std::is_same_v<T, float>) {
+        if (!h.mean && !packed_pooler(h)) return hidden;
+    }
+    mean_row(hidden, h.hidden_stride, h.mean ? tokens : 1, h.width, target);
     return target;
 }
 
@@ -131,7 +149,7 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
         const int64_t begin = hidden_tiles.first_row(tile), end = hidden_tiles.first_row(tile + 1);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t token = a.cu_seqlens[first + i], tokens = a.cu_seqlens[first + i + 1] - token;
-            s.rows[i] = pool_row(h, hidden + token * h.hidden_stride, tokens, s.pooled_hidden + i * h.width);
+            s.rows[i] = pool_row(h, first + i, hidden + token * h.hidden_stride, tokens, s.pooled_hidden + i * h.width);
         }
         if ((h.pooler && !packed_pooler(h)) || measures) {
             transpose_rows([&](int64_t i) { return s.rows[begin + i]; }, end - begin, h.width, hidden_tiles.tile(tile),
@@ -146,7 +164,7 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
     }
 #pragma omp barrier
     if (packed_pooler(h)) {
-        pool_packed<T>(team, h, s.pooled_hidden, n, s.pooled);
+        pool_packed<T>(team, h, s.rows[0], n, s.pooled);  // they lie one after the other
     } else if (h.pooler) {
         gemm(team, hidden_tiles, pooler, true, s.pooled, h.pooled, panel);
     }

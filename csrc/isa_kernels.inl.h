@@ -50,7 +50,7 @@ constexpr LinearKernel float_linear() {
 }
 
 extern const Kernels table;
-const Kernels table = {attention,   layer_norm,                  embed_layer_norm, exit_step,
+const Kernels table = {attention,   layer_norm,                  embed_layer_norm, mean_rows,  exit_step,
                        exit_decide, float_linear<kLinearVecs>(), exp_array,        exp2_array, tanh_array};
 
 }  // namespace RX_ISA

@@ -91,11 +91,22 @@ struct ExitArgs {
     int threads;
 };
 
+// The mean of each row's tokens; zeros for a row without any.
+struct MeanArgs {
+    const void* hidden;         // T [tokens, width], rows `hidden_stride` apart
+    const int32_t* cu_seqlens;  // [rows + 1]
+    float* out;                 // [rows, width]
+    int64_t rows, width, hidden_stride;
+    bool bf16;
+    int threads;
+};
+
 // Weights are T, but for a packed pooler; a null pointer is an absent tensor.
 struct HeadArgs {
     const void* hidden;  // T [tokens, width], rows `hidden_stride` apart
     int64_t hidden_stride, width;
     bool mean;                      // pool the mean of a row's tokens, else its first token
+    const float* means;             // [rows, width], where they are known already
     const void* pooler;             // [pooled, width], or packed as a linear's in float (LinearArgs)
     const void* pooler_bias;        // [pooled]
     const void* classifier;         // [classes, pooled]
@@ -137,6 +148,7 @@ struct Kernels {
     void (*attention)(const AttentionArgs&);
     void (*layer_norm)(const LayerNormArgs&);
     void (*embed_layer_norm)(const EmbedArgs&);
+    void (*mean_rows)(const MeanArgs&);
     void (*exit_step)(const HeadArgs&, const ExitArgs&);
     void (*exit_decide)(const DecideArgs&, const ExitArgs&);
     LinearKernel linear;  // in float, or null
@@ -201,6 +213,7 @@ struct LayerArgs {
         const void *weight, *bias;  // T [width]
     };
     void* hidden;               // T [tokens, width], contiguous: in and out; tokens past the last row's are left alone
+    float* means;               // [rows, width]: of each row's tokens as they leave the layer, or null
     const int32_t* cu_seqlens;  // [rows + 1]
     int64_t rows, width, heads, inner;
     Linear qkv, attention_output, feed_forward_up, feed_forward_down;

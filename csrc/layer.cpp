@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kThreadTokens = 1024;  // or up to twice as many: a thread's share of a large batch, at a time
 constexpr int64_t kLeastTokens = 512;    // that are worth a thread of their own
+constexpr int64_t kMeanTokens = 128;     // that are still in a core's own caches when their means are taken
 
 LayerSeconds spent{};
 
@@ -41,7 +42,10 @@ struct Layer {
     // Rows [first, last).
     void run(int64_t first, int64_t last) const {
         const int64_t start = a.cu_seqlens[first], tokens = a.cu_seqlens[last] - start, row_bytes = a.width * size;
-        if (tokens == 0) return;
+        if (tokens == 0) {
+            if (a.means) std::fill_n(a.means + first * a.width, (last - first) * a.width, 0.0f);
+            return;
+        }
         const int64_t wide_bytes = tokens * std::max(3 * a.width, chunk) * size, offset_bytes = (last - first + 16) / 16 * 64;
         const int64_t bytes = offset_bytes + wide_bytes + 2 * tokens * row_bytes;
         char* memory = reinterpret_cast<char*>(workspace((bytes + 3) / 4, Use::caller));
@@ -57,7 +61,23 @@ struct Layer {
         linear(a.attention_output, context, tokens, a.width, a.width, hidden, attended);
         norm(a.attention_norm, attended, tokens, attended);
         feed_forward(attended, tokens, wide, context);
-        norm(a.output_norm, context, tokens, hidden);
+        if (a.means) {
+            norm_and_means(context, offsets, first, last - first, hidden);
+        } else {
+            norm(a.output_norm, context, tokens, hidden);
+        }
+    }
+
+    // The last LayerNorm, a few rows at a time, and the means of each row after it.
+    void norm_and_means(const char* x, const int32_t* offsets, int64_t first, int64_t rows, char* hidden) const {
+        const int64_t row_bytes = a.width * size;
+        for (int64_t row = 0, next; row < rows; row = next) {
+            const int64_t start = offsets[row];
+            for (next = row + 1; next < rows && (threads > 1 || offsets[next + 1] - start <= kMeanTokens);) ++next;
+            norm(a.output_norm, x + start * row_bytes, offsets[next] - start, hidden + start * row_bytes);
+            kernels().mean_rows({hidden, offsets + row, a.means + (first + row) * a.width, next - row, a.width, a.width, a.bf16,
+                                 threads});
+        }
     }
 
     void linear(const LayerArgs::Linear& of, const void* x, int64_t tokens, int64_t inputs, int64_t outputs,

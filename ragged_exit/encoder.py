@@ -171,12 +171,18 @@ class PackedEncoder:
         hidden[tokens:] = 0
         return batch.with_hidden(hidden)
 
-    def layer(self, index: int, batch: RaggedBatch) -> None:
-        """Run layer ``index`` (0-based) on every live token, in place: new memory would cost a CPU its page faults."""
+    def layer(self, index: int, batch: RaggedBatch, *, with_means: bool = False) -> Tensor | None:
+        """Run layer ``index`` (0-based) on every live token, in place: new memory would cost a CPU its page faults.
+
+        with_means: also say the mean of each row's tokens, float32 ``[Bcap, H]``, where the layer is one call, which
+        knows it almost for nothing (else None).
+        """
         if batch.hidden is None:
             raise ValueError("batch: expected hidden states; call embed first")
         layer = self.layers[index]
         if layer.whole is not None:
+            rows = batch.row_capacity
+            means = batch.hidden.new_empty(rows, self.hidden_size, dtype=torch.float32) if with_means else None
             packed_layer(
                 batch.hidden,
                 batch.cu_seqlens,
@@ -184,12 +190,14 @@ class PackedEncoder:
                 self.num_heads,
                 self.norm_eps,
                 self.norm_kind,
+                means=means,
                 impl=self.impl,
             )
-            return
+            return means
         for part in self._parts(batch):
             x = self._attend(layer, part.of(batch.hidden), part)
             self._feed_forward(layer, x, batch.hidden[part.start : part.start + part.tokens])
+        return None
 
     def _parts(self, batch: RaggedBatch) -> list[_Part]:
         """What runs at once: on a CPU whole sequences that fit the caches, in few sizes; on a GPU everything."""

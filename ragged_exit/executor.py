@@ -172,8 +172,9 @@ class RaggedExecutor:
             batch = stage.encoder.embed(batch, self.buffers)
         if not self._keeps_ids[number] and batch.input_ids is not None:
             batch = replace(batch, input_ids=None, token_type_ids=None, position_ids=None)
-        self._run_layers(stage.encoder, stage.layers, batch)
-        batch, decision = self._ask(stage, batch, number == len(self.stages) - 1)
+        of_means = isinstance(stage.head, MlpHead) and stage.head.pooling == "mean"
+        means = self._run_layers(stage.encoder, stage.layers, batch, with_means=of_means)
+        batch, decision = self._ask(stage, batch, means, number == len(self.stages) - 1)
         if on_decision is not None:
             on_decision(decision)
         of_rows = (batch.sample_ids, decision.logits, decision.score)
@@ -198,9 +199,13 @@ class RaggedExecutor:
             return departure, None
         return departure, Survivors(batch, launched.decision, batch.seqlens[~exits], self.impl)
 
-    def _ask(self, stage: Stage, batch: RaggedBatch, final: bool) -> tuple[RaggedBatch, ExitDecision]:
+    def _ask(
+        self, stage: Stage, batch: RaggedBatch, means: Tensor | None, final: bool
+    ) -> tuple[RaggedBatch, ExitDecision]:
         if isinstance(stage.head, MlpHead):
-            return batch, exit_step(batch, stage.head, stage.rule, final, exit_index=stage.exit_index, impl=self.impl)
+            index = stage.exit_index
+            decision = exit_step(batch, stage.head, stage.rule, final, exit_index=index, means=means, impl=self.impl)
+            return batch, decision
         batch = replace(batch, state=dict(batch.state))  # the head may replace entries; the caller's dict stays
         output = stage.head(batch)
         return batch, exit_decide(

@@ -20,10 +20,17 @@ Replay = Callable[[], object]
 Capture = Callable[[Replay, torch.device], Replay]  # what to run, where -> its replay
 
 
-def run_layers(encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch) -> None:
-    """``layers`` (0-based) of ``encoder`` on every token of the batch, one after the other, in place."""
+def run_layers(
+    encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch, *, with_means: bool = False
+) -> Tensor | None:
+    """``layers`` (0-based) of ``encoder`` on every token of the batch, one after the other, in place.
+
+    with_means: what the last one's ``PackedEncoder.layer`` says.
+    """
+    means = None
     for layer in layers:
-        encoder.layer(layer, batch)
+        means = encoder.layer(layer, batch, with_means=with_means and layer == layers[-1])
+    return means
 
 
 class Size(NamedTuple):
@@ -66,14 +73,16 @@ class LayerGraphs:
         self._buffers: dict[tuple, Tensor] = {}
 
     @torch.inference_mode()  # the buffers are made once and must take what any call brings
-    def run(self, encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch) -> None:
-        """``layers`` (0-based) of ``encoder`` on a batch whose ``seqlens`` are the truth, in place."""
+    def run(
+        self, encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch, *, with_means: bool = False
+    ) -> Tensor | None:
+        """``layers`` (0-based) of ``encoder`` on a batch whose ``seqlens`` are the truth, in place. Without means."""
         assert batch.hidden is not None
         size = Size.of(batch)
         key = (encoder, tuple(layers), size)
         if not layers or not self._ready(key):
             run_layers(encoder, layers, batch)
-            return
+            return None
         if key not in self._graphs:
             self._graphs[key] = self._captured(encoder, layers, size)
         hidden, cu_seqlens, replay = self._graphs[key]
@@ -83,6 +92,7 @@ class LayerGraphs:
         cu_seqlens[rows + 1 :].fill_(batch.tokens)
         replay()
         batch.hidden.copy_(hidden[:tokens])
+        return None
 
     def _ready(self, key: tuple) -> bool:
         """Whether there is a graph for this, or one should be captured."""

@@ -33,8 +33,11 @@ from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.linears import PackedLinear, check_activation, prepacking_available
-from ragged_exit.ops import linears_available
+from ragged_exit.ops import exit_step, linears_available
 from ragged_exit.ops.dispatch import native_available
+from ragged_exit.ops.exit_step import packed_for
+from ragged_exit.rules import Entropy
+from ragged_exit.testing import random_head, seeded
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 MASKS = ("none", "right", "left", "holes")
@@ -238,6 +241,20 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_operations(dtype: torch.dtype
     found = after_layer(encoder, batch)
     encoder.layers[0].whole = None
     assert torch.equal(found[: batch.tokens], after_layer(encoder, batch)[: batch.tokens])
+
+
+@pytest.mark.skipif(not linears_available(torch.float32), reason="no kernels for float32 linears")
+def test_a_layer_in_one_call_knows_the_means() -> None:
+    """To the bit those that a head on the mean computes itself, and only where they are asked for."""
+    encoder = packed_encoder(tiny_backbone(bert_config()))
+    batch = encoder.embed(encoder.pack_sequences(random_rows(40)))
+    assert encoder.layer(0, batch) is None
+    means = encoder.layer(1, batch, with_means=True)
+    head = packed_for("native", random_head(encoder.hidden_size, 3, seeded(1), pooled_size=32, pooling="mean"))
+    for found, own in zip(*(exit_step(batch, head, Entropy(0.5), means=known) for known in (means, None)), strict=True):
+        assert found == own if isinstance(own, dict) else torch.equal(found, own)
+    encoder.layers[1].whole = None
+    assert encoder.layer(1, batch, with_means=True) is None
 
 
 def test_order_of_use_is_checked() -> None:

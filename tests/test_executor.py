@@ -330,9 +330,9 @@ class Counting:
         self.calls.append(("embed", batch.rows))
         return self.inner.embed(batch)
 
-    def layer(self, index: int, batch: RaggedBatch) -> None:
+    def layer(self, index: int, batch: RaggedBatch, *, with_means: bool = False) -> torch.Tensor | None:
         self.calls.append((index, batch.rows))
-        self.inner.layer(index, batch)
+        return self.inner.layer(index, batch, with_means=with_means)
 
 
 def counted(stages: list[Stage]) -> tuple[list[Stage], list[Any]]:

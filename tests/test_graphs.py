@@ -178,7 +178,7 @@ class Watched:
     def __init__(self) -> None:
         self.given: list[tuple[list[int], int, int]] = []
 
-    def layer(self, index: int, batch: RaggedBatch) -> None:
+    def layer(self, index: int, batch: RaggedBatch, *, with_means: bool) -> None:
         self.given.append((batch.cu_seqlens.tolist(), len(batch.hidden), batch.max_seqlen))
         batch.hidden += 1
 

@@ -1,4 +1,4 @@
-"""What the ops and their implementations share: the tensors that an exit step gives back, and a check."""
+"""What the ops and their implementations share: the tensors that an exit step gives back, and checks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ class ExitTensors(NamedTuple):
     live: Tensor
     counter: Tensor
     previous: Tensor
+
+
+def check_means(means: Tensor, rows: int, hidden: Tensor) -> None:
+    """Raise ValueError unless these can be the means of ``rows`` rows of ``hidden``, as the kernels read them."""
+    expected = rows, hidden.shape[1]
+    if means.shape != expected or means.dtype != torch.float32 or not means.is_contiguous():
+        raise ValueError(f"means: expected contiguous float32 {list(expected)}, got {means.dtype} {list(means.shape)}")
+    if means.device != hidden.device:
+        raise ValueError(f"means: expected the device of hidden, {hidden.device}, got {means.device}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import HeadWeights, MlpHead
-from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.common import ExitTensors, check_means
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.packed_linear import fits_packing, linears_available, pack_linear
 from ragged_exit.ops.registration import registered
@@ -43,9 +43,13 @@ def exit_step(
     final: bool = False,
     *,
     exit_index: int = 0,
+    means: Tensor | None = None,
     impl: str | None = None,
 ) -> ExitDecision:
     """Ask one exit which rows of ``batch`` leave.
+
+    means: float32 ``[Bcap, H]`` of each row's tokens, where they are known (``packed_layer``): a head on the mean
+    reads these instead of all tokens, another one needs none.
 
     The threshold of a row is ``batch.state["threshold"]`` where present, else ``rule.threshold_at(exit_index)``. A NaN
     score never leaves early; with ``final`` every live row leaves. ``impl``: see ``resolve_impl``.
@@ -67,8 +71,11 @@ def exit_step(
     check_classes(rule, head.num_labels)
     threshold = row_threshold(batch, rule, exit_index)
     counter, previous = rule_state(batch, rule)
+    if means is not None:
+        check_means(means, batch.row_capacity, hidden)
     outputs = _exit_step(
         hidden,
+        means if head.pooling == "mean" else None,
         batch.cu_seqlens,
         batch.live,
         head.weights[:-1],
@@ -98,6 +105,7 @@ def packed_for(impl: str | None, head: MlpHead) -> MlpHead:
 @registered()
 def _exit_step(
     hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # f32 [Bcap, H]
     cu_seqlens: Tensor,  # i32 [Bcap + 1]
     live: Tensor,  # i32 [2]
     head: Sequence[Tensor | None],  # as HeadWeights has them
@@ -117,7 +125,16 @@ def _exit_step(
     spec = ScoreSpec(score, compare, tolerance, temperature, lam, dr_order)
     return tuple(
         implementation(impl).exit_step(
-            hidden, cu_seqlens, live, HeadWeights._make((*head, pooling)), counter, previous, threshold, spec, final
+            hidden,
+            means,
+            cu_seqlens,
+            live,
+            HeadWeights._make((*head, pooling)),
+            counter,
+            previous,
+            threshold,
+            spec,
+            final,
         )
     )
 
@@ -125,6 +142,7 @@ def _exit_step(
 @torch.library.register_fake("ragged_exit::exit_step")
 def _(
     hidden: Tensor,
+    means: Tensor | None,
     cu_seqlens: Tensor,
     live: Tensor,
     head: Sequence[Tensor | None],

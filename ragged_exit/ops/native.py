@@ -113,6 +113,7 @@ def packed_linear(
 
 def packed_layer(
     hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # [Bcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     layer: list[Tensor],  # of a PackedLayer, in its order
     num_heads: int,
@@ -123,6 +124,7 @@ def packed_layer(
     cu_seqlens, layer = cu_seqlens.contiguous(), [value.contiguous() for value in layer]
     _native.layer(
         hidden.data_ptr(),
+        0 if means is None else means.data_ptr(),
         cu_seqlens.data_ptr(),
         _addresses(layer),
         cu_seqlens.shape[0] - 1,
@@ -170,6 +172,7 @@ def embed_layer_norm(
 
 def exit_step(
     hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # [Bcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
     head: HeadWeights,
@@ -206,6 +209,7 @@ def exit_step(
         hidden.stride(0),
         hidden.shape[1],
         head.pooling == "mean",
+        0 if means is None else means.data_ptr(),
         _addresses(weights),
         pooled,
         0 if head.prototype_weight is None else head.prototype_weight.shape[0],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ragged_exit.ops.common import check_cu_seqlens
+from ragged_exit.ops.common import check_cu_seqlens, check_means
 from ragged_exit.ops.dispatch import implementation, native_available
 from ragged_exit.ops.layer_norm import KINDS
 from ragged_exit.ops.packed_linear import BLOCK, PackedWeights, check_packed, packed_dtype, resolve_packed
@@ -84,9 +84,13 @@ def packed_layer(
     eps: float,
     kind: str = "standard",
     *,
+    means: Tensor | None = None,
     impl: str | None = None,
 ) -> None:
     """Run the layer on ``hidden`` ``[Tcap, H]``, in place; tokens past ``cu_seqlens[-1]`` are left alone.
+
+    means: float32 ``[Bcap, H]``, where to write the mean of each row's tokens as they leave the layer and are still in
+    the caches; zeros for a row without tokens.
 
     hidden: contiguous, in the dtype of the packed weights. cu_seqlens: int32 ``[Bcap + 1]``. eps, kind: of both norms,
     as ``add_layer_norm`` takes them. impl: as ``packed_linear`` takes it. "native" gives the bits of the single ops,
@@ -107,8 +111,10 @@ def packed_layer(
     if hidden.dtype != dtype:
         raise TypeError(f"hidden: expected {dtype} as the packed weights, got {hidden.dtype}")
     check_cu_seqlens(cu_seqlens, hidden.device)
+    if means is not None:
+        check_means(means, len(cu_seqlens) - 1, hidden)
     resolved = resolve_packed(impl, hidden.device, layer.linears)
-    _packed_layer(hidden, cu_seqlens, layer.tensors, num_heads, eps, kind, resolved)
+    _packed_layer(hidden, means, cu_seqlens, layer.tensors, num_heads, eps, kind, resolved)
 
 
 def take_layer_seconds() -> tuple[float, float, float]:
@@ -120,8 +126,15 @@ def take_layer_seconds() -> tuple[float, float, float]:
     return tuple(_native.take_layer_seconds())  # type: ignore[return-value]
 
 
-@registered(mutates_args=("hidden",))
+@registered(mutates_args=("hidden", "means"))
 def _packed_layer(
-    hidden: Tensor, cu_seqlens: Tensor, layer: list[Tensor], num_heads: int, eps: float, kind: str, impl: str
+    hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # f32 [Bcap, H]
+    cu_seqlens: Tensor,  # i32 [Bcap + 1]
+    layer: list[Tensor],
+    num_heads: int,
+    eps: float,
+    kind: str,
+    impl: str,
 ) -> None:
-    implementation(impl).packed_layer(hidden, cu_seqlens, layer, num_heads, eps, kind)
+    implementation(impl).packed_layer(hidden, means, cu_seqlens, layer, num_heads, eps, kind)

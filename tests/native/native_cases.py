@@ -111,8 +111,8 @@ def check_all_ops(dtype: torch.dtype) -> None:
         for rule in (*rules, MaxProb(0.5), Energy(0.5), DistanceEntropy(0.5), Patience(1)):
             counted = state if isinstance(rule, Patience) else (None, None)
             arguments = (*counted, threshold, rule.spec, False)
-            actual = native.exit_step(hidden, cu_seqlens, live, head_.weights, *arguments)
-            expected = reference.exit_step(hidden.double(), cu_seqlens, live, wide_head.weights, *arguments)
+            actual = native.exit_step(hidden, None, cu_seqlens, live, head_.weights, *arguments)
+            expected = reference.exit_step(hidden.double(), None, cu_seqlens, live, wide_head.weights, *arguments)
             close(actual.logits, expected.logits, tolerance)
             close(actual.score, expected.score, 10 * tolerance)
             kept = actual.survivors[: actual.live[0]].long()

@@ -42,8 +42,8 @@ def test_strided_and_misaligned_inputs(dtype: torch.dtype) -> None:
     head = native_cases.head(50, 33, 3, dtype)
     hidden = misaligned(35, 50, dtype=dtype, row_stride=64)
     arguments = (head.weights, None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
-    strided = native.exit_step(hidden, cu_seqlens, live, *arguments)
-    assert torch.equal(strided.logits, native.exit_step(hidden.contiguous(), cu_seqlens, live, *arguments).logits)
+    strided = native.exit_step(hidden, None, cu_seqlens, live, *arguments)
+    assert torch.equal(strided.logits, native.exit_step(hidden.contiguous(), None, cu_seqlens, live, *arguments).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -79,9 +79,9 @@ def test_poison_stays_in_its_sequence(dtype: torch.dtype, poison: float) -> None
     head = native_cases.head(16, 40, 3, dtype)
     hidden = torch.randn(98, 16).to(dtype)
     arguments = (head.weights, None, None, torch.tensor([9.0]), Entropy(9.0).spec, False)
-    clean_step = native.exit_step(hidden, cu_seqlens, live, *arguments)
+    clean_step = native.exit_step(hidden, None, cu_seqlens, live, *arguments)
     hidden[5] = poison
-    step = native.exit_step(hidden, cu_seqlens, live, *arguments)
+    step = native.exit_step(hidden, None, cu_seqlens, live, *arguments)
     others = torch.tensor([0, 2, 3])
     assert torch.equal(step.logits[others], clean_step.logits[others])
     if math.isnan(poison):
@@ -106,7 +106,7 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     head = native_cases.head(16, 40, 3, torch.float32)
     arguments = (None, None, torch.tensor([0.5]), Entropy(0.5).spec, False)
     with pytest.raises(TypeError, match="head: expected weights in the dtype of hidden"):
-        native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), cu_seqlens, live, head.weights, *arguments)
+        native.exit_step(torch.zeros(3, 16, dtype=torch.bfloat16), None, cu_seqlens, live, head.weights, *arguments)
     head = native_cases.head(32, 40, 3, torch.float32)
     for packed in (  # panels are of 32 outputs: one would leave 8 of 40 unset
         pack_linear(torch.zeros(32, 32), None).panels,
@@ -115,5 +115,5 @@ def test_a_head_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="packed_pooler: expected what packed_for makes"):
             native.exit_step(
-                torch.zeros(3, 32), cu_seqlens, live, head.weights._replace(packed_pooler=packed), *arguments
+                torch.zeros(3, 32), None, cu_seqlens, live, head.weights._replace(packed_pooler=packed), *arguments
             )

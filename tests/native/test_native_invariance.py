@@ -50,6 +50,7 @@ def test_exit_step(dtype: torch.dtype, classes: int, layout: str, threads: int) 
             count = len(rows)
             result = native.exit_step(
                 rows,
+                None,
                 cu_seqlens[: count + 1],
                 torch.tensor([count, count], dtype=torch.int32),
                 head.weights,

@@ -19,6 +19,7 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import ExitDecision, exit_step
 from ragged_exit.ops.exit_step import packed_for
+from ragged_exit.ops.reference.exit import mean_rows
 from ragged_exit.rules import (
     COMPARISONS,
     DistanceEntropy,
@@ -419,3 +420,22 @@ def test_errors_name_the_argument(impl, device):
         batch.state["threshold"] = bad
         with pytest.raises(ValueError, match=r'state\["threshold"\]: expected torch.float32'):
             exit_step(batch, head, entropy, impl=impl)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_means_that_are_known_stand_for_the_tokens(impl, dtype, device, rule):
+    """A head on the mean reads them instead; to one on [CLS] they say nothing."""
+    lengths, classes = [5, 1, 40, 3], 3
+    batch = batch_for(rule, lengths, 128, classes, 31, dtype=dtype, device=device, spare_rows=2, spare_tokens=3)
+    means = mean_rows(batch.hidden, batch.cu_seqlens)  # float32
+    for pooling in ("mean", "cls"):
+        head = full_head(128, classes, 32, pooled_size=96, pooling=pooling, dtype=dtype, device=device)
+        expected = exit_step(batch, head, rule, impl=impl)
+        found = exit_step(batch, head, rule, means=means, impl=impl)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=tolerance if pooling == "mean" else 0)
+        found = exit_step(batch, head, rule, means=means * 0, impl=impl)
+        assert torch.equal(found.logits, expected.logits) == (pooling == "cls")
+    for bad in (means[1:], means.double(), means.T.contiguous().T, means.to("meta")):
+        with pytest.raises(ValueError, match="means: expected"):
+            exit_step(batch, head, rule, means=bad, impl=impl)

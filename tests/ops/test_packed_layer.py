@@ -164,7 +164,7 @@ def test_opcheck(kernel, dtype):
     hidden, bounds = packed_rows([3, 4], 32, dtype, 9)
     op = torch.ops.ragged_exit.packed_layer
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
-    arguments = (hidden, bounds, layer.tensors, 2, EPS, "standard", kernel)
+    arguments = (hidden, torch.empty(2, 32), bounds, layer.tensors, 2, EPS, "standard", kernel)
     assert torch.library.opcheck(op, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
 
 
@@ -203,11 +203,37 @@ def test_errors_name_the_argument(monkeypatch):
     refused(ValueError, r"hidden: expected contiguous \[T, 32\]", hidden=hidden[:, :31])
     refused(ValueError, r"hidden: expected contiguous \[T, 32\]", hidden=torch.empty(7, 64)[:, :32])
     refused(TypeError, r"hidden: expected torch\.float32 as the packed weights", hidden=hidden.bfloat16())
+    for bad in (torch.empty(3, 32), torch.empty(2, 32).double(), torch.empty(2, 64)[:, :32]):
+        with pytest.raises(ValueError, match=r"means: expected contiguous float32 \[2, 32\]"):
+            packed_layer(hidden, bounds, layer, 2, EPS, means=bad)
     refused(ValueError, r"cu_seqlens: expected int32 \[B \+ 1\]", bounds=bounds.long())
     refused(ValueError, r"cu_seqlens: expected int32 \[B \+ 1\] .* got torch\.int32 \[0\]", bounds=bounds[:0])
     monkeypatch.setattr(sys.modules["ragged_exit.ops.packed_linear"], "linears_available", lambda dtype: False)
     with pytest.raises(RuntimeError, match=r"no kernels for torch\.float32 linears|not built"):
         packed_layer(hidden, bounds, layer, 2, EPS, impl="native")
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), PACKED_KERNELS)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40).filter(any),
+    width=st.sampled_from((32, 64, 416)),
+    threads=st.integers(1, 3),
+    seed=seeds,
+)
+def test_the_means_are_those_of_what_leaves_the_layer(kernel, lengths, width, dtype, threads, seed):
+    layer = packed(random_weights(width, 32, dtype, seed))
+    hidden, bounds = packed_rows(lengths, width, dtype, seed, spare=3)
+    without, means = hidden.clone(), torch.full((len(lengths), width), math.nan)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    packed_layer(without, bounds, layer, 2, EPS, impl=kernel)
+    packed_layer(hidden, bounds, layer, 2, EPS, means=means, impl=kernel)
+    torch.set_num_threads(before)
+    assert_same_values(hidden, without)
+    for mean, row in zip(means, hidden[:-3].split(lengths), strict=True):
+        expected = row.double().mean(0) if len(row) else torch.zeros(width)
+        # sums of up to 300 numbers of size 1, one after the other
+        torch.testing.assert_close(mean.double(), expected.double(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not linears_available(torch.float32), reason="no kernels for float32 linears")

@@ -17,6 +17,7 @@ from ragged_exit.ops import add_layer_norm, compact, dispatch, exit_decide, exit
 from ragged_exit.ops.compact import _compact
 from ragged_exit.ops.exit_decide import _exit_decide
 from ragged_exit.ops.exit_step import _exit_step
+from ragged_exit.ops.reference.exit import pool_rows
 from ragged_exit.rules import DistanceEntropy, Entropy, ExitRule, LearnedUncertainty, Patience
 from ragged_exit.testing import assert_same_values, qkv_views, random_batch, random_head, random_state, seeded
 
@@ -29,7 +30,9 @@ def opcheck(op, arguments: tuple) -> None:
     assert results == dict.fromkeys(CHECKS, "SUCCESS")
 
 
-def step_arguments(rule: ExitRule, dtype: torch.dtype, impl: str, device: str, **head_kwargs) -> tuple:
+def step_arguments(
+    rule: ExitRule, dtype: torch.dtype, impl: str, device: str, *, means: bool = False, **head_kwargs
+) -> tuple:
     generator = seeded(1)
     batch = random_batch([2, 3, 1], 10, generator, dtype=dtype, device=device, spare_rows=1, spare_tokens=2)
     kwargs = {"uncertainty": rule.needs == "uncertainty", "prototype_size": 5 if rule.needs == "prototypes" else None}
@@ -37,6 +40,7 @@ def step_arguments(rule: ExitRule, dtype: torch.dtype, impl: str, device: str, *
     state = random_state(rule, batch.row_capacity, 3, generator, device=device)
     return (
         batch.hidden,
+        pool_rows(batch.hidden, batch.cu_seqlens, "mean").float() if means else None,
         batch.cu_seqlens,
         batch.live,
         head.weights[:-1],
@@ -58,6 +62,7 @@ def step_arguments(rule: ExitRule, dtype: torch.dtype, impl: str, device: str, *
         (LearnedUncertainty(0.5), {"pooled_size": 8}),
         (Patience(2), {"bias": False}),
         (DistanceEntropy(0.5), {"pooling": "mean"}),
+        (Entropy(0.5), {"pooling": "mean", "means": True}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, ExitRule) else "",
 )
@@ -67,7 +72,7 @@ def test_opcheck_exit_step(impl, dtype, device, rule, head):
 
 @pytest.mark.parametrize("rule", [Entropy(0.5), LearnedUncertainty(0.5), Patience(2)], ids=lambda rule: rule.spec.score)
 def test_opcheck_exit_decide(impl, dtype, device, rule):
-    _, cu_seqlens, live, *_ = step_arguments(rule, dtype, impl, device)
+    _, _, cu_seqlens, live, *_ = step_arguments(rule, dtype, impl, device)
     generator = seeded(2)
     state = random_state(rule, 4, 3, generator, device=device)
     signal = torch.rand(4, generator=generator).to(device) if rule.needs else None
@@ -136,7 +141,9 @@ class Layer(nn.Module):
         hidden = add_layer_norm(hidden * 2, None, self.weight, self.bias, 1e-6, out=hidden, impl=self.impl)
         spec = Entropy(1.0).spec
         head = (self.classifier, *(None,) * 9)
-        first = _exit_step(hidden, cu_seqlens, live, head, "cls", None, None, self.threshold, *spec, False, self.impl)
+        first = _exit_step(
+            hidden, None, cu_seqlens, live, head, "cls", None, None, self.threshold, *spec, False, self.impl
+        )
         logits, _, _, survivors, bounds, left = first[:6]
         second = _exit_decide(logits * 2, None, cu_seqlens, live, None, None, self.threshold, *spec, True, self.impl)
         new_hidden, new_logits = torch.empty_like(hidden), torch.empty_like(logits)

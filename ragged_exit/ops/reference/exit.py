@@ -16,6 +16,7 @@ from ragged_exit.rules import ScoreSpec
 
 def exit_step(
     hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # [Bcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
     head: HeadWeights,
@@ -25,7 +26,8 @@ def exit_step(
     spec: ScoreSpec,
     final: bool,
 ) -> ExitTensors:
-    pooled_hidden = pool_rows(hidden, cu_seqlens, head.pooling)  # [Bcap, H]
+    # [Bcap, H]
+    pooled_hidden = pool_rows(hidden, cu_seqlens, head.pooling) if means is None else means.to(hidden.dtype)
     pooled = pooled_hidden
     if head.pooler_weight is not None:
         pooled = torch.tanh(F.linear(pooled, head.pooler_weight, head.pooler_bias))  # [Bcap, P]
@@ -66,15 +68,19 @@ def exit_decide(
 
 def pool_rows(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
     """[CLS] or the mean of each row's tokens: ``[Tcap, H]`` -> ``[Bcap, H]``; rows past ``live``: anything finite."""
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    lengths = ends - starts
     if pooling == "cls":  # a dead row has no token: take any, it is masked later
-        return hidden[starts.clamp_max(hidden.shape[0] - 1)]
+        return hidden[cu_seqlens[:-1].long().clamp_max(hidden.shape[0] - 1)]
+    return mean_rows(hidden, cu_seqlens).to(hidden.dtype)
+
+
+def mean_rows(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The mean of each row's tokens, zeros without any: ``[Tcap, H]`` -> at least float32 ``[Bcap, H]``."""
+    lengths = cu_seqlens.diff().long()
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(len(lengths), hidden.shape[1], dtype=wide, device=hidden.device)
     sums.index_add_(0, rows, hidden[: len(rows)].to(wide))
-    return (sums / lengths.clamp_min(1)[:, None]).to(hidden.dtype)
+    return sums / lengths.clamp_min(1)[:, None]
 
 
 def _score(

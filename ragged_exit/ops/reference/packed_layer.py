@@ -7,12 +7,14 @@ import math
 from torch import Tensor
 
 from ragged_exit.ops.reference.attention import varlen_attention
+from ragged_exit.ops.reference.exit import mean_rows
 from ragged_exit.ops.reference.layer_norm import add_layer_norm
 from ragged_exit.ops.reference.packed_linear import packed_linear
 
 
 def packed_layer(
     hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # [Bcap, H], written
     cu_seqlens: Tensor,  # [Bcap + 1]
     layer: list[Tensor],  # of a PackedLayer, in its order
     num_heads: int,
@@ -29,3 +31,5 @@ def packed_layer(
     x = add_layer_norm(packed_linear(context.reshape(x.shape), *output, x, False), None, *norm, eps, kind)
     inner = packed_linear(x, *up, None, True)
     add_layer_norm(packed_linear(inner, *down, x, False), None, *last_norm, eps, kind, hidden[:tokens])
+    if means is not None:
+        means.copy_(mean_rows(hidden, cu_seqlens))

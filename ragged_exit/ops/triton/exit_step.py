@@ -303,6 +303,7 @@ def combine_parts(
 @on_its_device
 def exit_step(
     hidden: Tensor,  # [Tcap, H]
+    means: Tensor | None,  # [Bcap, H]
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
     head: HeadWeights,
@@ -319,7 +320,7 @@ def exit_step(
     rows, device = cu_seqlens.shape[0] - 1, hidden.device
     x = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     if head.pooling == "mean":
-        x = mean_pool(x, cu_seqlens)
+        x = mean_pool(x, cu_seqlens) if means is None else means.to(x.dtype)
     tile = config("exit_step", device, hidden.dtype, hidden.shape[1])
     tiles_p, tiles_d = triton.cdiv(width, tile["BLOCK_N"]), triton.cdiv(depth, tile["BLOCK_N"])
     grid = (tiles_p + tiles_d, triton.cdiv(rows, tile["BLOCK_B"]))
