@@ -34,7 +34,7 @@ class FakeEncoder:
         hidden[: batch.tokens, 0] = batch.input_ids.float()
         return batch.with_hidden(hidden)
 
-    def layer(self, index: int, batch: RaggedBatch) -> None:
+    def layer(self, index: int, batch: RaggedBatch, *, with_means: bool) -> None:
         assert bool((batch.hidden[batch.tokens :] == 0).all())
         self.launches.append((index, batch.rows, batch.tokens))
 
