@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kThreadTokens = 1024;  // or up to twice as many: a thread's share of a large batch, at a time
 constexpr int64_t kLeastTokens = 512;    // that are worth a thread of their own
-constexpr int64_t kMeanTokens = 128;     // that are still in a core's own caches when their means are taken
+constexpr int64_t kMeanBytes = 1 << 19;  // of tokens: still in a core's own caches when their means are taken
 
 LayerSeconds spent{};
 
@@ -73,7 +73,7 @@ struct Layer {
         const int64_t row_bytes = a.width * size;
         for (int64_t row = 0, next; row < rows; row = next) {
             const int64_t start = offsets[row];
-            for (next = row + 1; next < rows && (threads > 1 || offsets[next + 1] - start <= kMeanTokens);) ++next;
+            for (next = row + 1; next < rows && (threads > 1 || (offsets[next + 1] - start) * row_bytes <= kMeanBytes);) ++next;
             norm(a.output_norm, x + start * row_bytes, offsets[next] - start, hidden + start * row_bytes);
             kernels().mean_rows({hidden, offsets + row, a.means + (first + row) * a.width, next - row, a.width, a.width, a.bf16,
                                  threads});
