@@ -101,8 +101,8 @@ void bind_layer(Address hidden, Address means, Address cu_seqlens, const std::ar
     const auto linear = [&](int i) { return LayerArgs::Linear{at<void>(weights[i]), at<float>(weights[i + 1])}; };
     const auto norm = [&](int i) { return LayerArgs::Norm{at<void>(weights[i]), at<void>(weights[i + 1])}; };
     check_cu_seqlens("cu_seqlens", at<int32_t>(cu_seqlens), rows, tokens);
-    layer({at<void>(hidden), at<float>(means), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2), linear(6), linear(8),
-           norm(4), norm(10), eps, uer, bf16, threads});
+    layer({at<void>(hidden), at<float>(means), at<int32_t>(cu_seqlens), rows, width, heads, inner, linear(0), linear(2),
+           linear(6), linear(8), norm(4), norm(10), eps, uer, bf16, threads});
 }
 
 // The tensors of ExitArgs: (cu_seqlens, live, counter, previous, threshold) and the outputs in the order of ExitTensors.

@@ -84,8 +84,7 @@ void mean_rows_of(const MeanArgs& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
     for (int64_t row = 0; row < a.rows; ++row) {
         const int64_t token = a.cu_seqlens[row], tokens = a.cu_seqlens[row + 1] - token;
-        mean_row(static_cast<const T*>(a.hidden) + token * a.hidden_stride, a.hidden_stride, tokens, a.width,
-                 a.out + row * a.width);
+        mean_row(static_cast<const T*>(a.hidden) + token * a.width, a.width, tokens, a.width, a.out + row * a.width);
     }
 }
 

@@ -93,10 +93,10 @@ struct ExitArgs {
 
 // The mean of each row's tokens; zeros for a row without any.
 struct MeanArgs {
-    const void* hidden;         // T [tokens, width], rows `hidden_stride` apart
+    const void* hidden;         // T [tokens, width], contiguous
     const int32_t* cu_seqlens;  // [rows + 1]
     float* out;                 // [rows, width]
-    int64_t rows, width, hidden_stride;
+    int64_t rows, width;
     bool bf16;
     int threads;
 };

@@ -73,10 +73,11 @@ struct Layer {
         const int64_t row_bytes = a.width * size;
         for (int64_t row = 0, next; row < rows; row = next) {
             const int64_t start = offsets[row];
-            for (next = row + 1; next < rows && (threads > 1 || (offsets[next + 1] - start) * row_bytes <= kMeanBytes);) ++next;
+            const auto fits = [&](int64_t end) { return threads > 1 || (offsets[end] - start) * row_bytes <= kMeanBytes; };
+            for (next = row + 1; next < rows && fits(next + 1);) ++next;
             norm(a.output_norm, x + start * row_bytes, offsets[next] - start, hidden + start * row_bytes);
-            kernels().mean_rows({hidden, offsets + row, a.means + (first + row) * a.width, next - row, a.width, a.width, a.bf16,
-                                 threads});
+            float* means = a.means + (first + row) * a.width;
+            kernels().mean_rows({hidden, offsets + row, means, next - row, a.width, a.bf16, threads});
         }
     }
 

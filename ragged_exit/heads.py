@@ -38,7 +38,7 @@ class TokenHead(Protocol):
 
 
 class HeadWeights(NamedTuple):
-    """An ``MlpHead`` as the ops' implementations take it: its fields, in its order, and nothing to check."""
+    """An ``MlpHead`` as the ops' implementations take it: its fields, and nothing to check."""
 
     classifier_weight: Tensor
     classifier_bias: Tensor | None
@@ -112,7 +112,7 @@ class MlpHead:
 
     @cached_property
     def weights(self) -> HeadWeights:
-        return HeadWeights(*(getattr(self, item.name) for item in fields(self)))
+        return HeadWeights(**{item.name: getattr(self, item.name) for item in fields(self)})
 
     @property
     def num_labels(self) -> int:

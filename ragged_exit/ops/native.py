@@ -113,7 +113,7 @@ def packed_linear(
 
 def packed_layer(
     hidden: Tensor,  # [Tcap, H]
-    means: Tensor | None,  # [Bcap, H]
+    means: Tensor | None,  # [Bcap, H], written
     cu_seqlens: Tensor,  # [Bcap + 1]
     layer: list[Tensor],  # of a PackedLayer, in its order
     num_heads: int,
@@ -172,7 +172,7 @@ def embed_layer_norm(
 
 def exit_step(
     hidden: Tensor,  # [Tcap, H]
-    means: Tensor | None,  # [Bcap, H]
+    means: Tensor | None,  # [Bcap, H], where the head is on the mean and they are known
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
     head: HeadWeights,

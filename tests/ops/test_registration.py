@@ -79,10 +79,7 @@ def test_opcheck_exit_decide(impl, dtype, device, rule):
     logits = torch.randn(4, 3, generator=generator).to(dtype).to(device)
     row_state = (state.get("counter"), state.get("previous"))
     threshold = torch.rand(4, generator=generator).to(device)
-    opcheck(
-        torch.ops.ragged_exit.exit_decide,
-        (logits, signal, cu_seqlens, live, *row_state, threshold, *rule.spec, False, impl),
-    )
+    opcheck(OPS.exit_decide, (logits, signal, cu_seqlens, live, *row_state, threshold, *rule.spec, False, impl))
 
 
 def test_opcheck_compact(impl, dtype, device):
@@ -95,10 +92,7 @@ def test_opcheck_compact(impl, dtype, device):
         [batch.sample_ids, torch.ones(3, 2, dtype=torch.bool, device=device)],
     )
     new_tokens, new_rows = [value[:5].clone() for value in tokens], [value[:2].clone() for value in rows]
-    opcheck(
-        torch.ops.ragged_exit.compact,
-        (new_tokens, new_rows, tokens, rows, survivors, batch.cu_seqlens, bounds, live, impl),
-    )
+    opcheck(OPS.compact, (new_tokens, new_rows, tokens, rows, survivors, batch.cu_seqlens, bounds, live, impl))
 
 
 def test_opcheck_varlen_attention(impl, dtype, device):
@@ -112,13 +106,8 @@ def test_opcheck_add_layer_norm(impl, dtype, device):
     weight, bias = torch.randn(2, 16, generator=seeded(6)).to(dtype).to(device)
     for kind in ("standard", "uer"):
         opcheck(OPS.add_layer_norm, (x, residual, weight, bias, 1e-6, kind, impl))
-        opcheck(
-            torch.ops.ragged_exit.add_layer_norm, (torch.cat((x, x), 1)[:, 3:19], None, weight, bias, 1e-6, kind, impl)
-        )  # strided
-        opcheck(
-            torch.ops.ragged_exit.add_layer_norm_into,
-            (torch.empty_like(x), x, residual, weight, bias, 1e-6, kind, impl),
-        )
+        opcheck(OPS.add_layer_norm, (torch.cat((x, x), 1)[:, 3:19], None, weight, bias, 1e-6, kind, impl))  # strided
+        opcheck(OPS.add_layer_norm_into, (torch.empty_like(x), x, residual, weight, bias, 1e-6, kind, impl))
 
 
 class Layer(nn.Module):

@@ -16,7 +16,7 @@ from ragged_exit.rules import ScoreSpec
 
 def exit_step(
     hidden: Tensor,  # [Tcap, H]
-    means: Tensor | None,  # [Bcap, H]
+    means: Tensor | None,  # [Bcap, H], where the head is on the mean and they are known
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
     head: HeadWeights,

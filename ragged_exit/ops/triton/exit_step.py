@@ -303,7 +303,7 @@ def combine_parts(
 @on_its_device
 def exit_step(
     hidden: Tensor,  # [Tcap, H]
-    means: Tensor | None,  # [Bcap, H]
+    means: Tensor | None,  # [Bcap, H], where the head is on the mean and they are known
     cu_seqlens: Tensor,  # [Bcap + 1]
     live: Tensor,  # [2]
     head: HeadWeights,
