@@ -243,14 +243,17 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_operations(dtype: torch.dtype
     assert torch.equal(found[: batch.tokens], after_layer(encoder, batch)[: batch.tokens])
 
 
-@pytest.mark.skipif(not linears_available(torch.float32), reason="no kernels for float32 linears")
-def test_a_layer_in_one_call_knows_the_means() -> None:
+@pytest.mark.parametrize("dtype", PACKED_NATIVELY)
+def test_a_layer_in_one_call_knows_the_means(dtype: torch.dtype) -> None:
     """To the bit those that a head on the mean computes itself, and only where they are asked for."""
-    encoder = packed_encoder(tiny_backbone(bert_config()))
+    weights = backbone_weights(tiny_backbone(bert_config()))
+    encoder = PackedEncoder(weights, impl=None, dtype=dtype, device=torch.device("cpu"))
     batch = encoder.embed(encoder.pack_sequences(random_rows(40)))
     assert encoder.layer(0, batch) is None
     means = encoder.layer(1, batch, with_means=True)
-    head = packed_for("native", random_head(encoder.hidden_size, 3, seeded(1), pooled_size=32, pooling="mean"))
+    assert means is not None
+    head = random_head(encoder.hidden_size, 3, seeded(1), pooled_size=32, pooling="mean", dtype=dtype)
+    head = packed_for("native", head)
     for found, own in zip(*(exit_step(batch, head, Entropy(0.5), means=known) for known in (means, None)), strict=True):
         assert found == own if isinstance(own, dict) else torch.equal(found, own)
     encoder.layers[1].whole = None
