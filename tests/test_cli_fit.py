@@ -33,6 +33,11 @@ def reviews(tmp_path: Path) -> Path:
     return save_reviews(tmp_path / "reviews.csv")
 
 
+def cut_at(folder: Path) -> int:
+    """Tokens a row, where score and calibrate cut texts, too."""
+    return AutoTokenizer.from_pretrained(folder).model_max_length
+
+
 def accuracy(folder: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["the film was good", "the plot was great fine", "a dull film", "the film was awful poor poor"]
@@ -49,7 +54,18 @@ def test_fit(system, encoder, reviews, tmp_path):
     assert "by exit" in output and "ece" in output
     assert accuracy(out) == 1.0
     assert not (out / RUN_FOLDER).exists()
-    assert AutoTokenizer.from_pretrained(out).model_max_length == 20  # where score and calibrate cut texts, too
+    assert cut_at(out) == 20
+
+
+@pytest.mark.parametrize("system", [("deebert",), ("cascade", "--folds", 0, "--member")])
+def test_texts_are_cut_at_what_the_encoder_takes(system, encoder, reviews, tmp_path):
+    members = [encoder] if len(system) > 1 else []
+    with reviews.open("a") as file:
+        file.writelines(f"{'good ' * 5000},1\n" for _ in range(20))  # some are for training
+    arguments = (*members, encoder, reviews, tmp_path / "out", "--epochs", 1, "--max-length", 1000)
+    code, output = run("--system", *system, *arguments)
+    assert code == 0, output
+    assert cut_at(tmp_path / "out") == rx.load(tmp_path / "out").config.max_position_embeddings < 1000
 
 
 def test_fit_a_cascade(encoder, reviews, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
+from ragged_exit.backbones import backbone_weights
 from ragged_exit.claims import read_claim, write_claim
 from ragged_exit.data import count_outputs, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, read_tokenizer, tokenise
@@ -21,7 +22,7 @@ from ragged_exit.training.fit import fit, has_progress
 from ragged_exit.training.recipes import RECIPES
 
 SYSTEM_NAMES = (*RECIPES, CascadeBert.system)
-VALID_SHARE = 0.15
+VALID_SHARE = 0.15  # of the training rows, where there is no validation file
 RUN_FOLDER = "unfinished"
 
 
@@ -52,7 +53,8 @@ def run_fit(
     source: a Hugging Face directory or id; for a cascade its largest member, with the smaller ones in ``members``.
     data: labelled csv, tsv, jsonl or parquet; floats are a regression's targets, and the names of string labels become
     the config's ``id2label``. valid_data: the same, with no other names, or None: 15 % of the rows, by a hash of their
-    ids. options: as ``fit`` takes them. A run that was stopped goes on when called again.
+    ids. max_length: tokens a row, at most, and at most what the encoder's position table holds. options: as ``fit``
+    takes them. A run that was stopped goes on when called again.
 
     Raises ValueError for an unknown system, members without a cascade, data that do not fit, an ``out`` that holds a
     model already, or a folder ``out``/unfinished that holds another run's work or files of somebody else.
@@ -74,13 +76,14 @@ def run_fit(
         raise ValueError(f"data: {len(text)} rows are too few for a validation part; give more, or a validation file")
     num_labels = count_outputs(text, len(parts[0]))
     tokenizer = read_tokenizer(source)
-    train, valid = (tokenise(tokenizer, part, max_length=max_length) for part in parts)
     set_seed(seed)
     model = _build(system, source, members, num_labels, pooling)
+    limit = min(max_length, _max_positions(model))
+    train, valid = (tokenise(tokenizer, part, max_length=limit) for part in parts)
     if text.label_names is not None:
         model.config.id2label = dict(enumerate(text.label_names))
         model.config.label2id = {name: label for label, name in enumerate(text.label_names)}
-    say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows")
+    say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows, of at most {limit} tokens")
     _claim(run, system)
     if isinstance(model, CascadeBert):
         fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run / "model", **options)
@@ -88,7 +91,7 @@ def run_fit(
         assert isinstance(model, LayeredModel)
         fit(model, train, valid, seed=seed, work_dir=run / "model", **options)
     model.save_pretrained(out)
-    tokenizer.model_max_length = max_length  # what the exits were trained on is where texts are cut from now on
+    tokenizer.model_max_length = limit  # what the exits were trained on is where texts are cut from now on
     tokenizer.save_pretrained(out)
     shutil.rmtree(run)
     return Fitted(model, valid)
@@ -104,14 +107,22 @@ def _claim(run: Path, system: str) -> None:
 
 
 def _build(system: str, source: str, members: Sequence[str], num_labels: int, pooling: str) -> EarlyExitModel:
-    pooled: dict[str, Any] = {"pooling": pooling}
-    if system == CascadeBert.system:
-        encoders = (*members, source)
-        return CascadeBert.from_members(
-            [FullDepth.from_backbone(encoder, num_labels=num_labels, **pooled) for encoder in encoders]
-        )
-    if system == "fastbert":  # its heads see all tokens
-        pooled = {}
+    if system != CascadeBert.system:
+        return new_model(system, source, num_labels, pooling)
+    encoders = (*members, source)
+    return CascadeBert.from_members(
+        [FullDepth.from_backbone(encoder, num_labels=num_labels, pooling=pooling) for encoder in encoders]
+    )
+
+
+def new_model(system: str, source: str | Path, num_labels: int, pooling: str) -> LayeredModel:
+    """Fresh heads of ``system``, which is no cascade, on the encoder ``source``."""
     factory = SYSTEMS[system]
     assert issubclass(factory, LayeredModel)
+    pooled: dict[str, Any] = {} if system == "fastbert" else {"pooling": pooling}  # its heads see all tokens
     return factory.from_backbone(source, num_labels=num_labels, **pooled)
+
+
+def _max_positions(model: EarlyExitModel) -> int:
+    members: Any = model.members if isinstance(model, CascadeBert) else [model]
+    return min(backbone_weights(member.backbone).max_positions for member in members)

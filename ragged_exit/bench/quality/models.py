@@ -15,32 +15,20 @@ from ragged_exit.bench.quality.tasks import Task
 from ragged_exit.embedded import encoder_dir
 from ragged_exit.examples import read_tokenizer, tokenise
 from ragged_exit.models.base import EarlyExitModel
-from ragged_exit.models.berxit import Berxit
 from ragged_exit.models.cascade import CascadeBert
-from ragged_exit.models.de3bert import De3Bert
-from ragged_exit.models.deebert import DeeBert
-from ragged_exit.models.elasticbert import ElasticBert
-from ragged_exit.models.fastbert import FastBert
 from ragged_exit.models.full_depth import FullDepth, truncated
 from ragged_exit.models.layered import LayeredModel
 from ragged_exit.models.loading import load
-from ragged_exit.models.pabee import Pabee
 from ragged_exit.training.cascade import difficult_rows
 from ragged_exit.training.fit import fit
+from ragged_exit.training.job import new_model
 
 ENCODER = "bge-small"
 SMALL_MEMBER = "minilm-l3"  # a whole encoder of 3 layers: the cascade's first member
 FOLDS = 4
 TRUNCATIONS = (3, 4, 6, 8)
 FULL = "bert-12l"
-SYSTEMS: dict[str, type[LayeredModel]] = {
-    "deebert": DeeBert,
-    "berxit": Berxit,
-    "de3bert": De3Bert,
-    "pabee": Pabee,
-    "elasticbert": ElasticBert,
-    "fastbert": FastBert,
-}
+SYSTEMS = ("deebert", "berxit", "de3bert", "pabee", "elasticbert", "fastbert")  # and the cascade
 REGRESSION_SYSTEMS = ("berxit", "pabee")
 
 
@@ -82,7 +70,7 @@ class Study:
         say: Callable[[str], Any],
     ) -> None:
         self.task, self.budget, self.seed, self.bf16, self.say = task, budget, seed, bf16, say
-        self.pooled: dict[str, Any] = {"pooling": pooling}
+        self.pooling = pooling
         self.folder = work_dir / f"{task.name}-{pooling}"
         self.source = str(encoder_dir(ENCODER, say=say))
         tokenizer = read_tokenizer(self.source)
@@ -137,12 +125,13 @@ class Study:
     def _fresh(self, name: str) -> LayeredModel:
         labels = self.task.num_labels
         if name == SMALL_MEMBER:
-            return FullDepth.from_backbone(encoder_dir(SMALL_MEMBER, say=self.say), num_labels=labels, **self.pooled)
+            return FullDepth.from_backbone(
+                encoder_dir(SMALL_MEMBER, say=self.say), num_labels=labels, pooling=self.pooling
+            )
         if name in SYSTEMS:
-            pooled = {} if name == "fastbert" else self.pooled  # its heads see all tokens
-            return SYSTEMS[name].from_backbone(self.source, num_labels=labels, **pooled)
+            return new_model(name, self.source, labels, self.pooling)
         layers = int(name.removeprefix("bert-").removesuffix("l"))
-        return truncated(self.source, layers, num_labels=labels, **self.pooled)
+        return truncated(self.source, layers, num_labels=labels, pooling=self.pooling)
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ragged_exit.accelerate import AcceleratedModel, accelerate
+from ragged_exit.bench.measure import MARGIN, MAX_LOGIT_ERROR
 from ragged_exit.bench.quality.models import Study
 from ragged_exit.calibration.exit_table import ExitTable, exit_table
 from ragged_exit.calibration.metrics import (
@@ -37,7 +38,6 @@ TOKEN_BUDGET = 4096
 CHECKED_ROWS = 128
 VALID_ROWS = 2_000  # that thresholds are chosen on, at most
 TIMED_SHARE = 0.8  # of the dev rows, others each repeat: every batch is seen once
-MAX_LOGIT_ERROR, MARGIN = 1e-3, 1e-5
 
 
 def metrics(task: str) -> dict[str, Quality]:
@@ -121,10 +121,10 @@ def _rules(study: Study, model: EarlyExitModel) -> list[tuple[float, ExitRule]]:
     for target in TARGETS:
         options: list[tuple[float, ExitRule]] = []
         for table in tables:
-            try:
-                rule = table.rule.with_threshold(threshold_for_layers(table, study.num_layers / target))
-            except ValueError:  # even its loosest threshold runs more layers
+            threshold = threshold_for_layers(table, study.num_layers / target)
+            if threshold is None:
                 continue
+            rule = table.rule.with_threshold(threshold)
             options.append((quality(table.under(rule).logits, labels), rule))
         if options:
             found.append((target, max(options, key=lambda option: option[0])[1]))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ragged_exit.data import TextData, read_text_data, split_by_hash
+from ragged_exit.training.job import VALID_SHARE
 
 TASKS = ("sst2", "mrpc", "rte", "stsb")
-VALID_SHARE = 0.15  # of train, where a task has no validation file
 
 
 @dataclass(frozen=True)
