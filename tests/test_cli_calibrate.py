@@ -128,6 +128,19 @@ def test_a_speedup_below_one_is_refused(speedup, checkpoint, data):
     assert code == 2 and "speedup: expected at least 1" in output
 
 
+def test_a_speedup_out_of_reach_changes_nothing(checkpoint, data):
+    before = (checkpoint / "config.json").read_text()
+    code, output = run("calibrate", checkpoint, data, "--speedup", 100)
+    assert code == 2 and "error speedup: even the loosest threshold runs more than 1 / 100" in output
+    assert (checkpoint / "config.json").read_text() == before
+
+
+def test_a_regression_has_no_guarantee(tmp_path, data):
+    checkpoint = save_checkpoint(tmp_path / "regression", num_labels=1)
+    code, output = run("calibrate", checkpoint, data)
+    assert code == 2 and "error max_loss: a regression" in output
+
+
 def test_inspect_a_checkpoint(checkpoint):
     code, output = run("inspect", checkpoint)
     assert code == 0 and "system deebert" in output and "3 layers, hidden 32" in output

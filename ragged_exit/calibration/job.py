@@ -29,21 +29,25 @@ def run_calibrate(
     """Choose the threshold (or patience) of a checkpoint's rule on the texts of ``data``, and save it in config.json.
 
     By default the loosest with a guarantee (``guaranteed_threshold``); with ``speedup`` the one that runs 1 / speedup
-    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do, for string
-    labels that are not among the names of the checkpoint's classes, and for a published checkpoint, whose config.json
-    has no section of ours to hold a rule.
+    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do, for a
+    guarantee on a regression, for string labels that are not among the names of the checkpoint's classes, and for a
+    published checkpoint, whose config.json has no section of ours to hold a rule.
     """
     if "early_exit" not in _read_config(directory):
-        raise ValueError(f"directory: {directory} is a published checkpoint; load and save_pretrained it first")
+        raise ValueError(f"model: {directory} is a published checkpoint; load and save_pretrained it first")
     if speedup is not None and not speedup >= 1:
         raise ValueError(f"speedup: expected at least 1, got {speedup}")
     model = load(directory)
+    if speedup is None and model.config.num_labels == 1:
+        raise ValueError("max_loss: a regression has no right answers to lose; calibrate it for a speed-up")
     text = read_text_data(data, require_labels=False, label_names=class_names(directory))
     examples = tokenise(read_tokenizer(directory), text, max_length=max_length)
     table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
     layers = table.exits[-1].executed_layers
     if speedup is not None:
         threshold = threshold_for_layers(table, layers / speedup)
+        if threshold is None:
+            raise ValueError(f"speedup: even the loosest threshold runs more than 1 / {speedup:g} of the layers")
         replay = table.at(threshold)
         verdict = (
             f"{float(replay.executed_layers.double().mean()):.2f} of {layers} layers run on {len(examples):,} rows"
@@ -69,7 +73,7 @@ def run_calibrate(
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"directory: expected {path}")
+        raise FileNotFoundError(f"model: expected {path}")
     return json.loads(path.read_text())
 
 

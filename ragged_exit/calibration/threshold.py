@@ -46,15 +46,13 @@ def choose_threshold(
     return min(allowed, key=lambda point: (point.mean_executed_layers, -point.quality)) if allowed else curve[0]
 
 
-def threshold_for_layers(table: ExitTable, mean_layers: float, *, points: int = 512) -> float:
+def threshold_for_layers(table: ExitTable, mean_layers: float, *, points: int = 512) -> float | None:
     """The threshold (or patience) that runs the most layers on average, but not more than ``mean_layers``.
 
-    Raises ValueError where even the loosest candidate runs more.
+    None where even the loosest candidate runs more.
     """
     depths = {
         threshold: float(table.at(threshold).executed_layers.double().mean()) for threshold in table.candidates(points)
     }
     allowed = [threshold for threshold, depth in depths.items() if depth <= mean_layers]
-    if not allowed:
-        raise ValueError(f"mean_layers: expected at least {min(depths.values()):.2f}, got {mean_layers}")
-    return max(allowed, key=depths.__getitem__)
+    return max(allowed, key=depths.__getitem__) if allowed else None
