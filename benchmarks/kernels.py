@@ -415,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(rows, peaks)
     if options.json:
         result = {"environment": environment(), "dtype": options.dtype, "device": peaks, "ops": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if any(row["disagreement"] for row in rows) else 0
 

@@ -12,25 +12,12 @@ import torch
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
-from ragged_exit.encoder import PackedEncoder
+from ragged_exit.encoder import PackedEncoder, run_layers
 
 MOST_GRAPHS = 512
 
 Replay = Callable[[], object]
 Capture = Callable[[Replay, torch.device], Replay]  # what to run, where -> its replay
-
-
-def run_layers(
-    encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch, *, with_means: bool = False
-) -> Tensor | None:
-    """``layers`` (0-based) of ``encoder`` on every token of the batch, one after the other, in place.
-
-    with_means: what the last one's ``PackedEncoder.layer`` says.
-    """
-    means = None
-    for layer in layers:
-        means = encoder.layer(layer, batch, with_means=with_means and layer == layers[-1])
-    return means
 
 
 class Size(NamedTuple):
@@ -144,7 +131,11 @@ class CudaCapture:
                 run()  # neither compiling a kernel nor making a cuBLAS workspace is allowed in a capture
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do meanwhile (pinning memory, say) is no business of this capture
-            with torch.cuda.graph(graph, pool=self._pools[device], stream=stream, capture_error_mode="thread_local"):
-                run()
+            with torch.cuda.stream(stream):  # torch.cuda.graph would wait for the device and empty its caches first
+                # thread_local: what other threads do meanwhile (pinning memory, say) is no business of this capture
+                graph.capture_begin(pool=self._pools[device], capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
         return graph.replay

@@ -99,7 +99,8 @@ def check(measured: Measured, workload: Workload, expected: References, dtype: t
     labels, wanted_labels = answers.logits.argmax(1), wanted.logits[:rows].argmax(1)
     measured.agreement = float((labels == wanted_labels).double().mean())
     measured.wrong_exits = int((answers.exit_layer != wanted.exit_layer[:rows])[certain].sum())
-    measured.max_logit_error = float((answers.logits - wanted.logits[:rows])[certain].abs().max())
+    errors = (answers.logits - wanted.logits[:rows])[certain].abs()
+    measured.max_logit_error = float(errors.max()) if len(errors) else 0.0
     if dtype == torch.float32:
         same_labels = bool((labels == wanted_labels)[certain].all())
         exact = measured.max_logit_error <= MAX_LOGIT_ERROR and measured.wrong_exits == 0

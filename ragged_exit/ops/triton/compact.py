@@ -12,6 +12,7 @@ from ragged_exit.ops.triton.config import FP_FUSION, on_its_device
 _SLOTS = 4  # tensors of one launch
 _BLOCK_ITEMS = 8
 _MAX_BLOCK_WORDS = 512  # words of 4 bytes: 16-byte accesses of 128 threads
+_SEARCH_STEPS = (12, 21, 31)  # of a search among fewer than 2 ** steps rows: not a kernel for every octave of rows
 _WORDS = (torch.int32, torch.int16, torch.int8)  # int32: four neighbours make a 16-byte access where they can
 
 
@@ -27,7 +28,7 @@ def copy_words(source_ptr, target_ptr, source, item, live, within, WORDS: tl.con
             tl.store(target_ptr + item[:, None] * WORDS + cols[None, :], words, mask=within[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["survivors_ptr", "new_cu_ptr"])
 def gather_kernel(
     source0_ptr,
     source1_ptr,
@@ -42,8 +43,7 @@ def gather_kernel(
     new_cu_ptr,
     live_ptr,
     capacity,  # items of the targets
-    BY_TOKEN: tl.constexpr,  # items are tokens, else rows
-    SEARCH_STEPS: tl.constexpr,  # 2 ** SEARCH_STEPS > rows
+    SEARCH_STEPS: tl.constexpr,  # items are tokens, and 2 ** SEARCH_STEPS > rows; 0: items are rows
     WORDS0: tl.constexpr,
     WORDS1: tl.constexpr,
     WORDS2: tl.constexpr,
@@ -55,7 +55,7 @@ def gather_kernel(
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     within = item < capacity
     live_rows = tl.load(live_ptr)
-    if BY_TOKEN:
+    if SEARCH_STEPS > 0:
         live = within & (item < tl.load(live_ptr + 1))
         # the last row that starts at or before the token: binary search in cu_seqlens, which is constant past the live
         row = tl.zeros((BLOCK,), tl.int32)
@@ -89,11 +89,12 @@ def compact(
     live: Tensor,  # [2] of the survivors
 ) -> None:
     plan = tuple(value.contiguous() for value in (survivors, cu_seqlens, new_cu_seqlens, live))
-    _gather(new_tokens, tokens, plan, True)
-    _gather(new_rows, rows, plan, False)
+    _gather(new_tokens, tokens, plan, next(steps for steps in _SEARCH_STEPS if len(survivors) < 1 << steps))
+    _gather(new_rows, rows, plan, 0)
 
 
-def _gather(targets: list[Tensor], sources: list[Tensor], plan: tuple[Tensor, ...], by_token: bool) -> None:
+def _gather(targets: list[Tensor], sources: list[Tensor], plan: tuple[Tensor, ...], search_steps: int) -> None:
+    """search_steps: to find a token's row; 0 where items are rows."""
     pairs = [
         _as_words(source.contiguous(), target)
         for source, target in zip(sources, targets, strict=True)
@@ -108,8 +109,7 @@ def _gather(targets: list[Tensor], sources: list[Tensor], plan: tuple[Tensor, ..
             *(target for _, target in filled),
             *plan,
             capacity,
-            BY_TOKEN=by_token,
-            SEARCH_STEPS=plan[0].shape[0].bit_length(),
+            SEARCH_STEPS=search_steps,
             **{f"WORDS{slot}": 0 if source is None else source.shape[1] for slot, (source, _) in enumerate(filled)},
             BLOCK=_BLOCK_ITEMS,
             MAX_BLOCK=_MAX_BLOCK_WORDS,

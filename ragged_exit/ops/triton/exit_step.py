@@ -33,7 +33,7 @@ from ragged_exit.ops.triton.pooling import mean_pool, pooled_tile, row_starts
 from ragged_exit.ops.triton.scores import decide_rows
 from ragged_exit.rules import ScoreSpec
 
-MANY_CLASSES, MANY_CLASSES_REGISTERS = 256, 192
+BOUNDED_CLASSES, BOUNDED_REGISTERS = 256, 192
 
 
 @triton.jit(do_not_specialize=["row_capacity"])
@@ -148,7 +148,6 @@ def exit_step_kernel(
                 TILES_P,
                 TILES_D,
                 SLOTS,
-                BLOCK_R,
                 BLOCK_C,
             )
             tl.debug_barrier()  # the scores read what combine_parts stored
@@ -274,14 +273,13 @@ def combine_parts(
     TILES_P: tl.constexpr,
     TILES_D: tl.constexpr,
     SLOTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Logits and signal of a tile of rows, from the partial sums of all programs; zero logits where not alive."""
     stride = row_capacity.to(tl.int64) * SLOTS
     cols = tl.arange(0, BLOCK_C)
     inside = (cols < C)[None, :]
-    at = rows[:, None] * SLOTS + cols[None, :]  # [BLOCK_R, BLOCK_C]
+    at = rows[:, None] * SLOTS + cols[None, :]  # [rows, BLOCK_C]
     out = rows[:, None] * C + cols[None, :]
     some = alive[:, None] & inside
     logits = slot_sum(partial_ptr, at, some, stride, 0, TILES_P)
@@ -333,7 +331,6 @@ def exit_step(
         "pooler_bias_ptr": packed(head.pooler_bias),
         "prototype_weight_ptr": packed(head.prototype_weight),
         "prototype_bias_ptr": packed(head.prototype_bias),
-        "row_capacity": rows,
         "H": hidden.shape[1],
         "P": width,
         "D": depth,
@@ -365,6 +362,7 @@ def exit_step(
         partial_ptr=torch.empty(grid[0], rows, slots, dtype=torch.float32, device=device),
         ticket_ptr=tickets(1 + grid[1], device),
         out=as_pointers(outputs),
+        row_capacity=rows,
         SLOTS=slots,
         SCAN_BLOCK=SCAN_BLOCK,
         **pooler,
@@ -372,7 +370,7 @@ def exit_step(
         **class_tile(classes, tile["BLOCK_B"]),
         **rule_arguments(spec, threshold, counter, previous, classes, final),
         # many classes: without a bound of its own ptxas spills predicates to fit one more program on a multiprocessor
-        maxnreg=MANY_CLASSES_REGISTERS if classes > MANY_CLASSES else None,
+        maxnreg=BOUNDED_REGISTERS if classes > BOUNDED_CLASSES else None,
     )
     return outputs
 

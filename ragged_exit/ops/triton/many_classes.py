@@ -12,7 +12,7 @@ from ragged_exit.ops.triton.device import cosine_distance, dot, linear_tile, nar
 from ragged_exit.ops.triton.pooling import pooled_tile, row_starts
 
 
-@triton.jit(do_not_specialize=["row_capacity"])
+@triton.jit
 def pool_kernel(
     x_ptr,
     x_stride,
@@ -24,7 +24,6 @@ def pool_kernel(
     prototype_bias_ptr,
     pooled_ptr,  # [row_capacity, P] in the dtype of x
     projected_ptr,  # f32 [row_capacity, D]
-    row_capacity,
     H: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
