@@ -1,6 +1,6 @@
 """Time and memory of `stream` against the number of sequences, their length, the token budget, depth and threads.
 
-python benchmarks/cost_curves.py [--shape small|tiny] [--dtype fp32|bf16] [--curve sequences --curve length ...]
+python benchmarks/cost_curves.py [--shape base|small|tiny] [--dtype fp32|bf16] [--curve sequences --curve length ...]
                                  [--largest N] [--threads N] [--json F] [--plot F]
 
 Random weights. Memory is the process's peak over what it held before the first sequence was read (Linux).
@@ -21,18 +21,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import BertConfig
 
 from ragged_exit.accelerate import AcceleratedModel, accelerate
 from ragged_exit.bench.environment import environment
-from ragged_exit.bench.synthetic import SHAPES, random_deebert
+from ragged_exit.bench.options import Shape
+from ragged_exit.bench.synthetic import random_deebert
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.cli import DType
+from ragged_exit.integrations.scorer import DTYPES
 from ragged_exit.models.deebert import DeeBert
-from ragged_exit.rules import Entropy
 
-TINY = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
+SEED = 20
 MEAN_LENGTH = 24
 ROWS = 2_000  # where the number of sequences is not what varies
 BUDGET = 4096
@@ -40,7 +40,7 @@ SPEEDUP = 2.0
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="small or tiny")] = "small",
+    shape: Shape = "small",
     curve: Annotated[
         list[str] | None, typer.Option(help="sequences, length, budget, depth, threads (default: all)")
     ] = None,
@@ -51,9 +51,9 @@ def main(
     plot: Path | None = None,
 ) -> None:
     torch.set_num_threads(threads)
-    precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
+    precision = DTYPES[dtype]
     console = Console()
-    model = _model(shape)
+    model = random_deebert(shape, SEED)
     measure = functools.partial(_point, model, precision)
     curves: dict[str, Callable[[], list[dict[str, float]]]] = {
         "sequences": lambda: [measure(n, n) for n in _powers(largest)],
@@ -76,16 +76,6 @@ def main(
         _draw(found, f"{shape}, {dtype.value}", plot)
 
 
-def _model(shape: str) -> DeeBert:
-    if shape in SHAPES:
-        return random_deebert(shape, 20)
-    torch.manual_seed(20)
-    model = DeeBert(BertConfig(vocab_size=30_522, num_labels=2, **TINY), Entropy(0.0)).eval()
-    for head in (*model.highways, model.final):
-        torch.nn.init.normal_(head.classifier.weight, std=0.5)
-    return model
-
-
 def _layers(model: DeeBert) -> int:
     return model.config.num_hidden_layers
 
@@ -104,7 +94,10 @@ def _fast(model: DeeBert, dtype: torch.dtype, speedup: float, mean: int) -> Acce
     sample = list(_sequences(256, mean, 99))
     table = exit_table(accelerate(model), sample)
     mean_layers = max(_layers(model) / speedup, 1.1)  # some rows must stay past the first
-    return accelerate(model, threshold=threshold_for_layers(table, mean_layers), dtype=dtype)
+    threshold = threshold_for_layers(table, mean_layers)
+    if threshold is None:
+        raise typer.BadParameter(f"--curve depth: no threshold runs as few as {mean_layers:.2f} layers a row here")
+    return accelerate(model, threshold=threshold, dtype=dtype)
 
 
 def _point(

@@ -1,6 +1,6 @@
 """The whole encoder on a GPU: padded Hugging Face, torch.compile, ours at full depth, with exits, with CUDA graphs.
 
-python benchmarks/gpu.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp16|bf16|fp32]
+python benchmarks/gpu.py [--profile sst2|mrpc|long|uniform] [--shape base|small|tiny] [--dtype fp16|bf16|fp32]
                          [--rows N] [--repeats N] [--no-compile] [--device cuda] [--json F]
 
 The encoder is random, its heads are fitted to two topics of random words, the same number of rows leaves at every
@@ -22,8 +22,9 @@ from rich.console import Console
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.gpu import CardReport, card_contenders, card_references, matrix_rate
 from ragged_exit.bench.measure import measure
+from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.report import workload_facts
-from ragged_exit.bench.synthetic import PROFILES, SHAPES, fit_heads, random_deebert, random_workload, uniform_exits
+from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 
@@ -42,8 +43,8 @@ DTYPES = {DType.fp16: torch.float16, DType.bf16: torch.bfloat16, DType.fp32: tor
 
 
 def main(
-    profile: Annotated[str, typer.Option(help=" | ".join(PROFILES))] = "sst2",
-    shape: Annotated[str, typer.Option(help=" | ".join(SHAPES))] = "base",
+    profile: Profile = "sst2",
+    shape: Shape = "base",
     dtype: DType = DType.fp16,
     rows: Annotated[int | None, typer.Option(help="sequences a repeat (default: by profile)")] = None,
     repeats: int = 5,
@@ -52,8 +53,6 @@ def main(
     json: Path | None = None,
 ) -> None:
     console = Console()
-    if profile not in PROFILES or shape not in SHAPES:
-        raise typer.BadParameter(f"expected a profile of {', '.join(PROFILES)} and a shape of {', '.join(SHAPES)}")
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         console.print("benchmarks/gpu.py: this machine has no CUDA device, and a GPU's times are taken on nothing else")
@@ -86,7 +85,7 @@ def main(
     )
     exit_layers = next(item for item in measured if item.contender.name == "ragged").exit_layers
     timed = [draw(repeat) for repeat in range(repeats)]
-    facts = workload_facts(timed, exit_layers, model.config, model.config.num_hidden_layers)
+    facts = workload_facts(timed, exit_layers, model.config)
     report = CardReport(
         title=f"BERT {shape}, random encoder, {profile} lengths, {dtype}, {place}",
         measured=measured,

@@ -1,6 +1,6 @@
 """Ours against every other runtime, on random weights of a known shape: padded batching, compilers, inference engines.
 
-python benchmarks/peers.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp32|bf16]
+python benchmarks/peers.py [--profile sst2|mrpc|long|uniform] [--shape base|small|tiny] [--dtype fp32|bf16]
                            [--exits uniform|first|none] [--rows N] [--threads N] [--no-peers] [--json F] [--plot F]
 
 Heads are fitted to tell two topics of random words apart. `uniform` exits: the same number of rows leaves at every
@@ -14,17 +14,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.compare import compare
 from ragged_exit.bench.environment import one_process_for_all
+from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.peers import peers
-from ragged_exit.bench.synthetic import PROFILES, SHAPES, fit_heads, random_deebert, random_workload, uniform_exits
+from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.cli import DType
+from ragged_exit.integrations.scorer import DTYPES
 from ragged_exit.rules import Entropy, ExitRule
 
 SEED = 20
@@ -41,8 +42,8 @@ class Exits(StrEnum):
 
 
 def main(
-    profile: Annotated[str, typer.Option(help=" | ".join(PROFILES))] = "sst2",
-    shape: Annotated[str, typer.Option(help=" | ".join(SHAPES))] = "base",
+    profile: Profile = "sst2",
+    shape: Shape = "base",
     dtype: DType = DType.fp32,
     exits: Annotated[
         Exits, typer.Option(help="all layers alike, all at the first exit, or nobody early")
@@ -56,10 +57,8 @@ def main(
 ) -> None:
     one_process_for_all(threads)
     console = Console()
-    if profile not in PROFILES or shape not in SHAPES:
-        raise typer.BadParameter(f"expected a profile of {', '.join(PROFILES)} and a shape of {', '.join(SHAPES)}")
     rows = rows or ROWS[profile]
-    precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
+    precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
     fit_heads(model, SEED + 100, profile)
 

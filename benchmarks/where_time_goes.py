@@ -1,6 +1,6 @@
 """What each operation costs in the accelerated forward: shares of the wall-clock time, on fresh batches.
 
-python benchmarks/where_time_goes.py [--profile sst2|mrpc|long|uniform] [--shape base|small] [--dtype fp32|bf16]
+python benchmarks/where_time_goes.py [--profile sst2|mrpc|long|uniform] [--shape base|small|tiny] [--dtype fp32|bf16]
                                      [--full] [--rows N] [--threads N] [--json F]
 
 Random weights, the same number of rows leaves at every layer (`--full`: nobody leaves early). Profiling slows the
@@ -25,11 +25,13 @@ from torch.profiler import ProfilerActivity, profile
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.contenders import full_depth_stage, ragged
 from ragged_exit.bench.environment import environment
+from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.roofline import linear_seconds
 from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform_exits
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.cli import DType
 from ragged_exit.executor import RaggedExecutor
+from ragged_exit.integrations.scorer import DTYPES
 from ragged_exit.ops import take_layer_seconds
 
 SEED = 20
@@ -45,8 +47,8 @@ OPS = {
 
 
 def main(
-    profile_name: Annotated[str, typer.Option("--profile", help="sst2 | mrpc | long | uniform")] = "sst2",
-    shape: Annotated[str, typer.Option(help="base | small")] = "base",
+    profile_name: Profile = "sst2",
+    shape: Shape = "base",
     dtype: DType = DType.fp32,
     full: Annotated[bool, typer.Option("--full", help="exits off")] = False,
     rows: int = 512,
@@ -55,7 +57,7 @@ def main(
     json: Path | None = None,
 ) -> None:
     torch.set_num_threads(threads)
-    precision = torch.float32 if dtype is DType.fp32 else torch.bfloat16
+    precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
     table = exit_table(accelerate(model), random_workload(256, SEED, profile_name).sequences)
     fast = accelerate(model, rule=uniform_exits(table), dtype=precision)

@@ -57,7 +57,7 @@ def compare(
     )
     ragged = next(item for item in measured if item.contender.name == "ragged")
     timed = [draw(repeat) for repeat in range(repeats)]
-    facts = workload_facts(timed, ragged.exit_layers, model.config, model.config.num_hidden_layers)
+    facts = workload_facts(timed, ragged.exit_layers, model.config)
     linears = linear_seconds(model.config, dtype)
     return Report(
         title=f"{title}, {str(dtype).removeprefix('torch.')}",
@@ -66,8 +66,6 @@ def compare(
         linear_seconds=[
             linears * rows.token_layers(layers) for rows, layers in zip(timed, ragged.exit_layers, strict=True)
         ],
-        exit_layer=ragged.answers.exit_layer,
-        num_layers=model.config.num_hidden_layers,
         curve=curve,
         chosen=chosen,
         peers=[peer.name for peer in peers],

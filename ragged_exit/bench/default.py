@@ -23,6 +23,8 @@ from ragged_exit.models.loading import class_names, is_early_exit, load
 from ragged_exit.training.fit import fit
 
 Say = Callable[[str], None]
+TIMED_ROWS = 768  # a repeat
+_SEED = 42  # of fitted heads
 _REVISION = 4  # of how heads are fitted: part of every cached name
 
 
@@ -36,7 +38,7 @@ class Prepared:
     test: Workload
 
 
-def prepare(model_source: str | None, data_source: Path | None, *, say: Say, seed: int = 42) -> Prepared:
+def prepare(model_source: str | None, data_source: Path | None, *, say: Say) -> Prepared:
     """Load data and model, fit heads where the model has none (cached), and tokenise.
 
     model_source: a directory of ours or a published one, or a Hugging Face directory or id; default the embedded
@@ -55,9 +57,9 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say, see
     model_name = "bge-small L12" if model_source is None else Path(model_source).name
     tokenizer = read_tokenizer(source)
     parts = [data.select(rows) for rows in split_by_hash(data.ids)]
-    train, valid, test = (_tokenise(tokenizer, part) for part in parts)
-    model = _model(source, data, train, valid, seed=seed, say=say)
-    return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, valid, test)
+    train, valid, test = (tokenise(tokenizer, part) for part in parts)
+    model = _model(source, data, train, valid, say=say)
+    return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, _workload(valid), _workload(test))
 
 
 def run_bench(
@@ -66,7 +68,6 @@ def run_bench(
     threshold: float | None = None,
     batch_size: int = 32,
     dtype: torch.dtype = torch.float32,
-    timed_rows: int = 768,
     repeats: int = 3,
     say: Say,
 ) -> Report:
@@ -83,7 +84,7 @@ def run_bench(
         model,
         model.rule.with_threshold(chosen.threshold),
         test,
-        lambda number: test.sample(timed_rows, seed=1000 + number),
+        lambda number: test.sample(TIMED_ROWS, seed=1000 + number),
         batch_size=batch_size,
         dtype=dtype,
         repeats=repeats,
@@ -93,23 +94,21 @@ def run_bench(
     )
 
 
-def _tokenise(tokenizer, data: TextData) -> Workload:
-    examples = tokenise(tokenizer, data)
+def _workload(examples: Examples) -> Workload:
     return Workload(examples.sequences, torch.tensor(examples.labels), examples.token_type_ids)
 
 
-def _heads_key(source: str, train: Workload, num_labels: int, seed: int) -> str:
+def _heads_key(source: str, train: Examples, num_labels: int) -> str:
     """Of all that fitted heads depend on: the encoder's files, every row and label, the settings."""
     files = sorted(Path(source).resolve().glob("*")) if Path(source).is_dir() else []
     encoder = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files] or source
-    assert train.labels is not None
-    key = hashlib.sha256(repr((_REVISION, encoder, num_labels, seed, train.labels.tolist())).encode())
+    key = hashlib.sha256(repr((_REVISION, encoder, num_labels, _SEED, train.labels)).encode())
     for row in zip(train.sequences, train.token_type_ids or train.sequences, strict=True):
         key.update(repr(row).encode())
     return key.hexdigest()[:16]
 
 
-def _model(source: str, data: TextData, train: Workload, valid: Workload, *, seed: int, say: Say) -> DeeBert:
+def _model(source: str, data: TextData, train: Examples, valid: Examples, *, say: Say) -> DeeBert:
     if is_early_exit(source):
         model = load(source)
         if not isinstance(model, DeeBert):
@@ -118,17 +117,12 @@ def _model(source: str, data: TextData, train: Workload, valid: Workload, *, see
             raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
         return model
     num_labels = count_outputs(data, len(train))
-    cached = embedded.cache_dir() / "heads" / _heads_key(source, train, num_labels, seed)
+    cached = embedded.cache_dir() / "heads" / _heads_key(source, train, num_labels)
     if (cached / "model.safetensors").is_file():
         say(f"heads from {cached}")
         return DeeBert.from_pretrained(cached)  # type: ignore[return-value]
     model = DeeBert.from_backbone(source, num_labels=num_labels, pooling="mean")
     say(f"fitting heads on {len(train):,} rows, the backbone frozen")
-    assert train.labels is not None and valid.labels is not None
-    sets = [
-        Examples(part.sequences, labels.tolist(), part.token_type_ids)
-        for part, labels in ((train, train.labels), (valid, valid.labels))
-    ]
-    fit(model, *sets, freeze_backbone=True, seed=seed)
+    fit(model, train, valid, freeze_backbone=True, seed=_SEED)
     model.save_pretrained(cached)
     return model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ragged_exit.ops.dispatch import native_available
+from ragged_exit.ops import native_available
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy")
 

@@ -17,10 +17,11 @@ def draw_report(report: Report, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3 if report.curve else 2, figsize=(15 if report.curve else 10, 4.2))
-    layers = range(1, report.num_layers + 1)
-    counts = [int((report.exit_layer == layer).sum()) for layer in layers]
+    layers = range(1, report.workload["num_layers"] + 1)
+    left = report.of("ragged").answers.exit_layer  # [N], the rows that were checked
+    counts = [int((left == layer).sum()) for layer in layers]
     axes[0].bar(layers, counts, color="#4477aa")
-    mean = float(report.exit_layer.double().mean())
+    mean = float(left.double().mean())
     axes[0].axvline(mean, color="#cc6677", linestyle="--", label=f"mean {mean:.2f}")
     axes[0].set(xlabel="exit layer", ylabel="rows", title="where rows leave", xticks=list(layers))
     axes[0].legend()

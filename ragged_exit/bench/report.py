@@ -24,15 +24,13 @@ class Report:
     """Everything that the table, the picture and the JSON say.
 
     workload: ``workload_facts`` of what was timed, and the threshold. linear_seconds: of each repeat, the executed
-    linears alone. exit_layer: int64 ``[N]`` of the rows that were checked.
+    linears alone.
     """
 
     title: str
     measured: list[Measured]
     workload: dict[str, Any]
     linear_seconds: Sequence[float]
-    exit_layer: Tensor
-    num_layers: int
     curve: Sequence[Point] = ()
     chosen: Point | None = None
     peers: Sequence[str] = ()
@@ -129,7 +127,7 @@ class Report:
             console.print(
                 f"realised / ideal {self.realised_over_ideal:.3f}   "
                 f"(work fraction {self.workload['work_fraction']:.3f}, "
-                f"mean exit layer {self.workload['mean_exit_layer']:.2f} of {self.num_layers})"
+                f"mean exit layer {self.workload['mean_exit_layer']:.2f} of {self.workload['num_layers']})"
             )
         if self.roofline_fraction is not None:
             console.print(f"roofline fraction {self.roofline_fraction:.3f}   (linears alone / ragged)")
@@ -172,14 +170,12 @@ def realised_over_ideal(full: Measured, ragged: Measured, work_fractions: Sequen
     return statistics.median(a / b * fraction for a, b, fraction in repeats)
 
 
-def workload_facts(
-    timed: Sequence[Workload], exit_layers: Sequence[Tensor], config: Any, num_layers: int
-) -> dict[str, Any]:
+def workload_facts(timed: Sequence[Workload], exit_layers: Sequence[Tensor], config: Any) -> dict[str, Any]:
     """The ``workload`` section of the JSON: means over the repeats, and of each its work fraction.
 
     exit_layers: where the rows of each workload left, int64 ``[N]``; all exits up to there were evaluated.
     """
-    repeats = len(timed)
+    repeats, num_layers = len(timed), config.num_hidden_layers
     done = [work(config, rows.lengths, exits, exits) for rows, exits in zip(timed, exit_layers, strict=True)]
     full = [
         work(config, rows.lengths, exits * 0 + num_layers, exits * 0 + 1)

@@ -16,6 +16,7 @@ from ragged_exit.training.features import pooled_features
 SHAPES = {
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12},
     "small": {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 12},
+    "tiny": {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2},
 }
 VOCABULARY = 30_522
 CLS = 101
@@ -67,10 +68,10 @@ def random_workload(count: int, seed: int, profile: str = "sst2") -> Workload:
     return Workload([part.tolist() for part in tokens.split(lengths.tolist())], labels)
 
 
-def random_deebert(shape: str, seed: int, *, num_labels: int = 2) -> DeeBert:
+def random_deebert(shape: str, seed: int) -> DeeBert:
     """A DeeBERT of a known shape with random weights; heads are scaled up so that rows' scores differ clearly."""
     torch.manual_seed(seed)
-    model = DeeBert(BertConfig(vocab_size=VOCABULARY, num_labels=num_labels, **SHAPES[shape]), Entropy(0.0)).eval()
+    model = DeeBert(BertConfig(vocab_size=VOCABULARY, num_labels=2, **SHAPES[shape]), Entropy(0.0)).eval()
     for head in (*model.highways, model.final):
         nn.init.normal_(head.pooler.weight, std=2 / model.config.hidden_size**0.5)
         nn.init.normal_(head.classifier.weight, std=4 / model.config.hidden_size**0.5)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import one_thread  # noqa: F401  (autouse)
 
+from ragged_exit.bench.synthetic import random_deebert
 from ragged_exit.cli import DType
 
 
@@ -32,7 +33,7 @@ def test_points_and_picture(curves, tmp_path):
 
 
 def test_memory_is_flat(curves):
-    model = curves._model("tiny")
+    model = random_deebert("tiny", 20)
     short, long = (curves._point(model, torch.float32, 0, rows) for rows in (5_000, 40_000))
     assert short["megabytes"] < 300
     assert long["megabytes"] < 20  # after the short one; a kilobyte kept for each row would be 40

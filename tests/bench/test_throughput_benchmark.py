@@ -9,11 +9,9 @@ from tiny import one_thread  # noqa: F401  (autouse)
 
 from ragged_exit.bench import synthetic
 
-TINY = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
-
 
 def test_every_contender_is_checked_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(synthetic.SHAPES, "small", TINY)
+    monkeypatch.setitem(synthetic.SHAPES, "small", synthetic.SHAPES["tiny"])
     path, report = Path(__file__).parents[2] / "benchmarks" / "test_throughput.py", tmp_path / "report.xml"
     assert pytest.main([str(path), "-q", "--benchmark-disable", "-p", "no:cacheprovider", f"--junitxml={report}"]) == 0
     assert 'tests="7"' in report.read_text() and 'skipped="0"' in report.read_text()

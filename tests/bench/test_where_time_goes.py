@@ -10,15 +10,12 @@ import pytest
 import torch
 from tiny import one_thread  # noqa: F401  (autouse)
 
-from ragged_exit.bench import synthetic
 from ragged_exit.cli import DType
 from ragged_exit.linears import prepacking_available
 
-TINY = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
-
 
 @pytest.mark.skipif(not prepacking_available(), reason="this torch has no prepacked linears: the profile counts those")
-def test_every_operation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_operation_is_found(tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "where_time_goes.py"
     spec = importlib.util.spec_from_file_location("where_time_goes", path)
     module = importlib.util.module_from_spec(spec)
@@ -27,8 +24,7 @@ def test_every_operation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     counted = {name for names in module.OPS.values() for name in names}
     # for other heads than the profile's, and a whole layer, which tells itself what it spent on what
     assert ours - counted == {"ragged_exit::exit_decide", "ragged_exit::packed_layer"}
-    monkeypatch.setitem(synthetic.SHAPES, "small", TINY)
-    module.main("sst2", "small", DType.fp32, False, 64, 256, 1, tmp_path / "p.json")
+    module.main("sst2", "tiny", DType.fp32, False, 64, 256, 1, tmp_path / "p.json")
     found = json.loads((tmp_path / "p.json").read_text())
     assert set(found["seconds"]) == {*module.OPS, "everything else"}
     assert min(found["seconds"].values()) > 0  # the rest too: nothing is counted twice
