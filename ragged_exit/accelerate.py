@@ -13,13 +13,13 @@ from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.executor import RaggedExecutor, Stage
-from ragged_exit.heads import MlpHead
+from ragged_exit.heads import MlpHead, TokenHead
 from ragged_exit.models.base import EarlyExitModel
-from ragged_exit.ops.dispatch import resolve_impl
-from ragged_exit.ops.exit_step import packed_for
+from ragged_exit.ops import packed_for, resolve_impl
 from ragged_exit.outputs import ExitOutput
 from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
+from ragged_exit.scheduler import TOKEN_BUDGET
 from ragged_exit.stream import RowResult, StreamRow, answer_in_order
 
 
@@ -116,9 +116,8 @@ class AcceleratedModel(nn.Module):
         self.encoder = self.encoders[0]
         self.executor = RaggedExecutor(stages, impl=self.impl)
 
-    def _snapshot_head(self, head: Any) -> Any:
-        head = head.to(self.dtype, self.device)
-        return packed_for(self.impl, head) if isinstance(head, MlpHead) else head
+    def _snapshot_head(self, head: MlpHead | TokenHead) -> MlpHead | TokenHead:
+        return packed_for(self.impl, head.to(self.dtype, self.device)) if isinstance(head, MlpHead) else head
 
     def forward(
         self,
@@ -137,7 +136,7 @@ class AcceleratedModel(nn.Module):
         return ExitOutput(loss=loss, **answers)  # the loss first, as Hugging Face models return it
 
     def stream(
-        self, sequences: Iterable[Sequence[int] | Mapping[str, Sequence[int]]], token_budget: int = 8192
+        self, sequences: Iterable[Sequence[int] | Mapping[str, Sequence[int]]], token_budget: int = TOKEN_BUDGET
     ) -> Iterator[RowResult]:
         """Answer any number of sequences in order, in bounded memory.
 

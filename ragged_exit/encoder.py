@@ -243,6 +243,19 @@ class PackedEncoder:
         )
 
 
+def run_layers(
+    encoder: PackedEncoder, layers: Sequence[int], batch: RaggedBatch, *, with_means: bool = False
+) -> Tensor | None:
+    """``layers`` (0-based) of ``encoder`` on every token of the batch, one after the other, in place.
+
+    with_means: what the last one's ``PackedEncoder.layer`` says.
+    """
+    means = None
+    for layer in layers:
+        means = encoder.layer(layer, batch, with_means=with_means and layer == layers[-1])
+    return means
+
+
 class _Part(NamedTuple):
     """Neighbouring sequences that run at once: ``tokens`` from ``start`` on, computed as ``size`` of them.
 

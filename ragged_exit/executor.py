@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.buffers import Buffers
-from ragged_exit.encoder import PackedEncoder
-from ragged_exit.graphs import LayerGraphs, run_layers
+from ragged_exit.encoder import PackedEncoder, run_layers
+from ragged_exit.graphs import LayerGraphs
 from ragged_exit.heads import MlpHead, TokenHead
 from ragged_exit.ops import ExitDecision, compact, exit_decide, exit_step
 from ragged_exit.rules import ExitRule

@@ -32,10 +32,6 @@ class TokenHead(Protocol):
 
     def __call__(self, batch: RaggedBatch) -> HeadOutput: ...
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> TokenHead:
-        """A snapshot on ``device`` in ``dtype`` that later training does not touch."""
-        ...
-
 
 class HeadWeights(NamedTuple):
     """An ``MlpHead`` as the ops' implementations take it: its fields, and nothing to check."""

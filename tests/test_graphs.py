@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten
 
 import ragged_exit as rx
 from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.encoder import run_layers
 from ragged_exit.executor import ExitRecord, RaggedExecutor
-from ragged_exit.graphs import LayerGraphs, Size, run_layers
+from ragged_exit.graphs import LayerGraphs, Size
 
 ROWS = random_rows(40, seed=3, longest=12)
 

@@ -66,7 +66,10 @@ class EarlyExitModel(nn.Module):
         raise NotImplementedError
 
     def stages(self, encoder: EncoderFactory) -> list[Stage]:
-        """The executor's list; ``encoder`` turns a backbone into a PackedEncoder. Heads refer to the live weights."""
+        """The executor's list; ``encoder`` turns a backbone into a PackedEncoder, a snapshot.
+
+        An ``MlpHead`` refers to the live weights; any other head is a snapshot, of the encoder's dtype and device.
+        """
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -83,16 +86,16 @@ class EarlyExitModel(nn.Module):
         """``prepare`` for one sequence without padding: what it gives as token types, as Hugging Face has them."""
         return token_type_ids
 
-    def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
-        """The joint loss of a training step: by default the sum over the exits. Recipes weigh them otherwise."""
-        return torch.stack([self.task_loss(point.output.logits, labels) for point in points]).sum()
-
-    # what they share ----------------------------------------------------------------------------------------------
     @property
     def num_exits(self) -> int:
         """How many thresholds the rule takes, one an exit."""
         raise NotImplementedError
 
+    def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
+        """The joint loss of a training step: by default the sum over the exits. Recipes weigh them otherwise."""
+        return torch.stack([self.task_loss(point.output.logits, labels) for point in points]).sum()
+
+    # what they share ----------------------------------------------------------------------------------------------
     def check_rule(self, rule: ExitRule) -> None:
         """Raise ValueError when ``rule`` cannot work here: thresholds, classes, or what it needs of the heads."""
         rule.check(self.num_exits)

@@ -58,17 +58,13 @@ class PackedBranch:
             assert value.bias is not None
             return PackedLinear(value.weight.to(device, dtype), value.bias.to(device, dtype), impl=impl)
 
-        self.branch, self.impl, self.dtype, self.device = branch, impl, dtype, device
+        self.impl = impl
         attention = branch.self_atten
         self.narrow = packed(Affine.of(branch.output_layer_0))
         self.qkv = packed(stack(*attention.linear_layers))
         self.merge = packed(Affine.of(attention.final_linear))
         self.inner = packed(Affine.of(branch.output_layer_1))
         self.classifier = packed(Affine.of(branch.output_layer_2))
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> PackedBranch:
-        same = (dtype, device) == (self.dtype, self.device)
-        return self if same else PackedBranch(self.branch, self.impl, dtype, device)
 
     def __call__(self, batch: RaggedBatch) -> HeadOutput:
         assert batch.hidden is not None

@@ -59,9 +59,12 @@ def truncated(
     source: an early-exit model, whose head at layer ``k`` becomes the classifier; or a Hugging Face encoder as in
     ``from_backbone`` (directory, id or module), whose own head is copied where it has one, to be trained again.
 
-    Raises ValueError when ``k`` is not a layer, or an early-exit model has no pooled MLP exit there.
+    Raises ValueError when ``k`` is not a layer, or an early-exit model has no pooled MLP exit there; TypeError for
+    ``num_labels`` or ``pooling`` beside an early-exit model.
     """
     if isinstance(source, EarlyExitModel):
+        if num_labels is not None or pooling is not None:
+            raise TypeError("num_labels, pooling: expected None for an early-exit model, which has its own")
         head = _head_at(source, k)
         backbone = first_layers(source.backbone, k)  # type: ignore[arg-type]
         model = FullDepth(backbone.config, pooling=head.pooling, activation=head.activation, backbone=backbone)

@@ -123,26 +123,21 @@ class PackedMlp:
 
     def __init__(self, head: MlpExit, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:
         def packed(linear: nn.Linear) -> PackedLinear:
-            weight, bias = (value.detach().to(device, dtype, copy=True) for value in (linear.weight, linear.bias))
-            return PackedLinear(weight, bias, impl=impl)
+            return PackedLinear(linear.weight.to(device, dtype), linear.bias.to(device, dtype), impl=impl)
 
-        self.head, self.impl, self.dtype, self.device = head, impl, dtype, device
+        self.pooling, self.activation, self.raw_uncertainty = head.pooling, head.activation, head.raw_uncertainty
         self.pooler, self.classifier = packed(head.pooler), packed(head.classifier)
         self.uncertainty = None if head.uncertainty is None else packed(head.uncertainty)
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> PackedMlp:
-        same = (dtype, device) == (self.dtype, self.device)
-        return self if same else PackedMlp(self.head, self.impl, dtype, device)
-
     def __call__(self, batch: RaggedBatch) -> HeadOutput:
         assert batch.hidden is not None
-        rows = pool_rows(batch.hidden, batch.cu_seqlens, self.head.pooling)  # [Bcap, H]
+        rows = pool_rows(batch.hidden, batch.cu_seqlens, self.pooling)  # [Bcap, H]
         seen = rows.new_zeros(token_bucket(len(rows)), rows.shape[1])  # few sizes, as for tokens
         seen[: len(rows)] = rows
-        pooled = self.pooler(seen, self.head.activation)
+        pooled = self.pooler(seen, self.activation)
         logits, signal = self.classifier(pooled)[: len(rows)], None
         if self.uncertainty is not None:
-            dots = self.uncertainty(seen if self.head.raw_uncertainty else pooled)[:, 0].contiguous()
+            dots = self.uncertainty(seen if self.raw_uncertainty else pooled)[:, 0].contiguous()
             wide = torch.promote_types(dots.dtype, torch.float32)
             signal = torch.sigmoid(dots.to(wide))[: len(rows)]  # of all: the last of an odd number get other bits
         return HeadOutput(logits, signal)

@@ -65,9 +65,6 @@ class PackedHead(NamedTuple):
         batch.state["past"] = own if self.layer == 0 else torch.cat((batch.state["past"], own), 1)  # [B, layer + 1, H]
         return rx.HeadOutput(self.model.logits(batch.state["past"], self.layer))
 
-    def to(self, dtype, device):
-        return self
-
 
 @pytest.mark.parametrize("impl", impls())
 def test_a_new_system_needs_no_change_to_the_package(impl: str) -> None:
