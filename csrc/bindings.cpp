@@ -131,9 +131,8 @@ ExitArgs exit_args(const ExitInputs& in, const ExitOutputs& out, int64_t rows, i
 }
 
 void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool mean, Address means,
-                    // pooler, its bias, classifier, bias, uncertainty, bias, projection, bias, prototypes
-                    const std::array<Address, 9>& head, int64_t pooled, int64_t projected, bool pooler_packed,
-                    const ExitInputs& in, const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score,
+                    // the tensors of HeadWeights, in their order
+                    const std::array<Address, 10>& head, int64_t pooled, int64_t projected, const ExitInputs& in, const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score,
                     int compare, float tolerance, float temperature, float lam, bool dr_by_distance, bool final,
                     bool per_row_threshold, bool bf16, int threads) {
     const ExitArgs a = exit_args(in, out, rows, tokens, classes, score, compare, tolerance, temperature, lam,
@@ -146,11 +145,12 @@ void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool m
     HeadArgs h{};
     h.hidden = at<void>(hidden), h.hidden_stride = hidden_stride, h.width = width, h.mean = mean;
     h.means = at<float>(means);
-    h.pooler = at<void>(head[0]), h.pooler_bias = at<void>(head[1]);
-    h.classifier = at<void>(head[2]), h.classifier_bias = at<void>(head[3]);
+    h.classifier = at<void>(head[0]), h.classifier_bias = at<void>(head[1]);
+    h.pooler_packed = head[9] != 0;
+    h.pooler = at<void>(h.pooler_packed ? head[9] : head[2]), h.pooler_bias = at<void>(head[3]);
     h.uncertainty = at<void>(head[4]), h.uncertainty_bias = at<void>(head[5]);
     h.projection = at<void>(head[6]), h.projection_bias = at<void>(head[7]), h.prototypes = at<void>(head[8]);
-    h.pooled = pooled, h.projected = projected, h.pooler_packed = pooler_packed;
+    h.pooled = pooled, h.projected = projected;
     kernels().exit_step(h, a);
 }
 

@@ -9,10 +9,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
+
+from ragged_exit.data import read_text_data
+from ragged_exit.examples import read_tokenizer, tokenise
+from ragged_exit.integrations.score import score_file, score_locally
+from ragged_exit.integrations.scorer import DTYPES, ScoreOptions
+from ragged_exit.models.loading import load
+from ragged_exit.scheduler import TOKEN_BUDGET
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Early-exit encoders that are fast in batches.")
 MAX_LENGTH_HELP = "tokens a row, at most (default: as in training, else 512)"
@@ -35,7 +44,7 @@ class DType(StrEnum):
 
 @contextmanager
 def clear_errors(extra: str) -> Iterator[None]:
-    """What the user can mend is told in a line. extra: what the command needs to be installed besides the package."""
+    """What the user can mend is told in a line. extra: what is imported within, and must be installed, besides."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -63,8 +72,6 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="write a PNG here")] = None,
 ) -> None:
     """Score real text against padded batching; answers are compared before anything is timed."""
-    import torch  # here, so that --help answers at once
-
     with clear_errors("bench"):
         from ragged_exit.bench.default import prepare, run_bench
         from ragged_exit.bench.environment import one_process_for_all
@@ -82,7 +89,7 @@ def bench(
                 prepared,
                 threshold=threshold,
                 batch_size=batch_size,
-                dtype=torch.float32 if dtype is DType.fp32 else torch.bfloat16,
+                dtype=DTYPES[dtype],
                 repeats=repeats,
                 say=say,
             )
@@ -98,7 +105,9 @@ def fit(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or id of an encoder; of a cascade's largest")],
     data: Annotated[Path, typer.Argument(help="csv, tsv, jsonl or parquet with text[, text2], label")],
     out: Annotated[Path, typer.Argument(help="new folder for the checkpoint; an unfinished run there goes on")],
-    system: Annotated[str, typer.Option(help="deebert, berxit, de3bert, cascade, pabee, elasticbert, fastbert")],
+    system: Annotated[
+        str, typer.Option(help="deebert, berxit, de3bert, cascade, pabee, elasticbert, fastbert; full_depth: no exits")
+    ],
     member: Annotated[list[str] | None, typer.Option(help="cascade: a smaller encoder, smallest first")] = None,
     valid: Annotated[Path | None, typer.Option(help="validation rows (default: 15 % of DATA)")] = None,
     pooling: Annotated[str, typer.Option(help="what heads see: cls or mean")] = "cls",
@@ -113,8 +122,6 @@ def fit(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: PyTorch's choice)")] = None,
 ) -> None:
     """Train an early-exit system on labelled text by its paper's recipe, and say how good each exit is."""
-    import torch  # here, so that --help answers at once
-
     if threads is not None:
         torch.set_num_threads(threads)
     with clear_errors("train"):
@@ -162,19 +169,13 @@ def score(
     text2: Annotated[str | None, typer.Option(help="column of the second texts of pairs")] = None,
     dtype: Annotated[DType, typer.Option(help="fp32 or bf16")] = DType.fp32,
     max_length: Annotated[int | None, typer.Option(min=2, help=MAX_LENGTH_HELP)] = None,
-    token_budget: Annotated[int, typer.Option(min=1, help="tokens a batch")] = 8192,
+    token_budget: Annotated[int, typer.Option(min=1, help="tokens a batch")] = TOKEN_BUDGET,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (ray: a worker; default 1)")] = None,
     workers: Annotated[int, typer.Option(min=1, help="ray: workers")] = 2,
     gpus: Annotated[float, typer.Option(min=0, help="ray: GPUs a worker")] = 0,
     address: Annotated[str | None, typer.Option(help="ray: a running cluster (default: start one here)")] = None,
 ) -> None:
     """Answer every row of a file, in order; killed and called again, it goes on without losing or repeating a row."""
-    import torch  # here, so that --help answers at once
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from ragged_exit.integrations.score import score_file, score_locally
-    from ragged_exit.integrations.scorer import ScoreOptions
-
     with clear_errors("ray"):
         if engine is EngineName.ray:
             from ragged_exit.integrations.ray_engine import ray_engine
@@ -232,9 +233,6 @@ def inspect(
     """Say what a checkpoint is and, with data, at which exits the rows leave."""
     with clear_errors("train"):
         from ragged_exit.calibration.exits import exit_counts
-        from ragged_exit.data import read_text_data
-        from ragged_exit.examples import read_tokenizer, tokenise
-        from ragged_exit.models.loading import load
 
         loaded, counts = load(model), []
         if data is not None:

@@ -214,20 +214,27 @@ def _read_table(path: Path, wanted: set[str]) -> pa.Table:
             return pa.parquet.read_table(path)
         if suffix == ".jsonl":
             return _read_jsonl(path, wanted)
-        quoting = {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
         return pa.csv.read_csv(
-            path,
-            read_options=pa.csv.ReadOptions(block_size=block_size),
-            parse_options=pa.csv.ParseOptions(**quoting),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(wanted, pa.string()),  # even what looks like numbers or dates
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            ),
+            path, read_options=pa.csv.ReadOptions(block_size=block_size), **csv_options(suffix, wanted)
         )
     except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"{path}: not readable as {suffix[1:]}: {error}") from error
+
+
+def csv_options(suffix: str, strings: Iterable[str]) -> dict[str, Any]:
+    """How pyarrow reads a .csv or .tsv; the columns ``strings`` stay text, even what looks like numbers or dates."""
+    quoting: dict[str, Any] = (
+        {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
+    )
+    return {
+        "parse_options": pa.csv.ParseOptions(**quoting),
+        "convert_options": pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(strings, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    }
 
 
 def _read_jsonl(path: Path, wanted: set[str]) -> pa.Table:

@@ -197,9 +197,9 @@ class SurvivorPools:
         if len(departure.sample_ids) == 0:
             return []
         self._teach(departure)
-        return self._settle(departure)
+        return self._credit(departure)
 
-    def _settle(self, departure: Departure) -> list[Finished]:
+    def _credit(self, departure: Departure) -> list[Finished]:
         """Credit the rows that left to the batches they came with; those that are complete."""
         cohorts = list(self._cohorts.items())
         firsts = np.array([cohort.first for _, cohort in cohorts])

@@ -38,6 +38,11 @@ class ScoreSpec(NamedTuple):
     lam: float = 1.0
     dr_order: str = "prob"
 
+    @property
+    def counts(self) -> bool:
+        """Whether the score is a count from exit to exit, kept in the rows' ``counter`` and ``previous``."""
+        return self.score in ("patience", "confident_patience")
+
 
 def _plain(value: Any) -> Any:
     """A tensor's or an array's numbers as Python's, which config.json can hold."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+TOKEN_BUDGET = 8192  # tokens a batch, where the caller does not say
+
 
 def token_budget_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Indices into ``lengths``, longest first, in batches whose tokens sum to at most ``token_budget``.

@@ -28,6 +28,7 @@ from ragged_exit.rules import (
     ScoreSpec,
     rule_from_dict,
 )
+from ragged_exit.testing import every_rule
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 thresholds = st.one_of(numbers, st.lists(numbers, min_size=1, max_size=5), st.lists(numbers, min_size=2).map(tuple))
@@ -88,6 +89,10 @@ def test_every_spec_is_one_that_kernels_know(rule):
 )
 def test_what_the_kernels_are_told(rule, spec):
     assert rule.spec == spec
+
+
+def test_the_op_suite_has_a_rule_of_every_score():
+    assert {rule.spec.score for rule in every_rule()} == set(SCORES)
 
 
 def test_what_a_rule_needs_of_the_head():

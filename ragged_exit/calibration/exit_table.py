@@ -92,7 +92,7 @@ class ExitTable:
         """Thresholds from never leaving early to (nearly) always: ``points`` quantiles of the scores, or patiences."""
         early = self.scores[[row for row, exit in enumerate(self.exits[:-1]) if exit.own]].flatten()
         early = early[early.isfinite()]
-        if self.rule.spec.score.endswith("patience"):
+        if self.rule.spec.counts:
             most = int(early.max()) if len(early) else 0
             return [float(patience) for patience in range(most + 1, 0, -1)]
         smaller_leaves = self.rule.compare.startswith("<")

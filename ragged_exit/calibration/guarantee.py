@@ -66,7 +66,7 @@ def _grid(spec: ScoreSpec, classes: int, exits: int) -> list[float]:
 
     It must not depend on the calibration rows: the tests would no longer be what they claim.
     """
-    if spec.score.endswith("patience"):
+    if spec.counts:
         return [float(patience) for patience in range(exits, 0, -1)]
     nats = spec.score.startswith("entropy") and spec.score.removeprefix("entropy_") in ("exact", "hf", "castorini")
     largest = math.log(classes) if nats else 1.0

@@ -11,6 +11,7 @@ import torch
 from ragged_exit.accelerate import RowResult, accelerate
 from ragged_exit.examples import read_tokenizer, token_limit
 from ragged_exit.models.loading import load
+from ragged_exit.scheduler import TOKEN_BUDGET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -24,7 +25,7 @@ class ScoreOptions:
     patience: int | None = None
     dtype: str = "fp32"
     max_length: int | None = None
-    token_budget: int = 8192
+    token_budget: int = TOKEN_BUDGET
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

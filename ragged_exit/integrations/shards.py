@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.parquet
 
-from ragged_exit.data import SUFFIXES, as_written, json_lines, text_columns
+from ragged_exit.data import SUFFIXES, as_written, csv_options, json_lines, text_columns
 
 SHARD_ROWS = 4096
 SHARD_BYTES = 1 << 26  # of long texts fewer rows, so that memory stays flat
@@ -158,22 +158,12 @@ def _columns(source: Path, names: Sequence[str], text: str, text2: str | None) -
 
 
 def _format(source: Path, strings: Iterable[str], block_size: int) -> Any:
-    """How to read ``source``; the columns ``strings`` stay text even where they look like numbers or dates."""
+    """How to read ``source``; the columns ``strings`` stay text."""
     suffix = source.suffix.lower()
     if suffix == ".parquet":
         return "parquet"
-    quoting: dict[str, Any] = (
-        {"delimiter": "\t", "quote_char": False} if suffix == ".tsv" else {"newlines_in_values": True}
-    )
     return pa.dataset.CsvFileFormat(
-        parse_options=pa.csv.ParseOptions(**quoting),
-        read_options=pa.csv.ReadOptions(block_size=block_size),
-        convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(strings, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-        ),
+        read_options=pa.csv.ReadOptions(block_size=block_size), **csv_options(suffix, strings)
     )
 
 

@@ -7,6 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Packed linears: inputs and outputs come in whole blocks, and 32 inputs for 32 outputs lie as one of these, the last of
+# ``panels.shape`` (LinearArgs in csrc/kernels.h).
+BLOCK = 32
+FLOAT_VECTORS = (1, 2, 32, 16, 1), torch.float32
+HALF_VECTORS = (1, 2, 16, 16, 2), torch.bfloat16  # of tiles in bfloat16, too
+FLOAT_TILES = (3, 2, 16, 16, 2), torch.bfloat16
+
 
 class ExitTensors(NamedTuple):
     """logits f32 ``[Bcap, C]``, score f32 ``[Bcap]``, exits bool ``[Bcap]``, survivors i32 ``[Bcap]`` (then -1),

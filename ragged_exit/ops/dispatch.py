@@ -65,5 +65,5 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
 
 @functools.cache
 def implementation(impl: str) -> ModuleType:
-    """The module with one function per op for a resolved name."""
+    """The module with one function per op (but the packed ones of a CPU, in triton) for a resolved name."""
     return importlib.import_module(f"ragged_exit.ops.{impl}")

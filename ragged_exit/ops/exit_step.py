@@ -209,7 +209,7 @@ def _constant(value: float, device: torch.device) -> Tensor:
 
 def rule_state(batch: RaggedBatch, rule: ExitRule) -> tuple[Tensor | None, Tensor | None]:
     """The counter and previous that a patience rule keeps, (None, None) for the others."""
-    if not rule.spec.score.endswith("patience"):
+    if not rule.spec.counts:
         return None, None
     missing = {"counter", "previous"} - set(batch.state)
     if missing:

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
 from ragged_exit.heads import HeadWeights
-from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.common import BLOCK, FLOAT_TILES, FLOAT_VECTORS, ExitTensors
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
-_BLOCK = 32
-# of a float32 linear's packed weights, a step of 32 inputs and its dtype: PackedWeights
-_STEP = ((3, 2, 16, 16, 2), torch.bfloat16) if _native.tiles_available else ((1, 2, 32, 16, 1), torch.float32)
+_POOLER_LAYOUT = FLOAT_TILES if _native.tiles_available else FLOAT_VECTORS  # poolers are packed in float32
 _SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
 _INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
@@ -186,21 +184,8 @@ def exit_step(
     hidden = _rows(hidden)
     classes, pooled = head.classifier_weight.shape
     _check_pooler(head, pooled, hidden)
-    weights = [
-        None if weight is None else weight.contiguous()
-        for weight in (
-            head.pooler_weight if head.packed_pooler is None else head.packed_pooler,
-            head.pooler_bias,
-            head.classifier_weight,
-            head.classifier_bias,
-            head.uncertainty_weight,
-            head.uncertainty_bias,
-            head.prototype_weight,
-            head.prototype_bias,
-            head.prototypes,
-        )
-    ]
-    for weight in weights[1:]:
+    weights = [None if weight is None else weight.contiguous() for weight in head[:-1]]  # in their order
+    for weight in weights[:-1]:  # the packed pooler has a layout of its own
         if weight is not None and weight.dtype != hidden.dtype:
             raise TypeError(f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
     inputs, outputs = _exit_tensors(cu_seqlens, live, counter, previous, threshold, classes)
@@ -213,7 +198,6 @@ def exit_step(
         _addresses(weights),
         pooled,
         0 if head.prototype_weight is None else head.prototype_weight.shape[0],
-        head.packed_pooler is not None,
         _addresses(inputs),
         _addresses(outputs),
         cu_seqlens.shape[0] - 1,
@@ -292,14 +276,11 @@ def compact(
 def _check_pooler(head: HeadWeights, pooled: int, hidden: Tensor) -> None:
     packed, width = head.packed_pooler, hidden.shape[1]
     if packed is None:
-        if head.pooler_weight is not None and head.pooler_weight.dtype != hidden.dtype:
-            raise TypeError(
-                f"head: expected weights in the dtype of hidden, {hidden.dtype}, got {head.pooler_weight.dtype}"
-            )
         return
-    whole = pooled % _BLOCK == 0 and width % _BLOCK == 0
-    shape = (pooled // _BLOCK, width // _BLOCK, *_STEP[0])
-    if not (whole and packed.shape == shape and packed.dtype == _STEP[1] and _native.linears_available[0]):
+    step, dtype = _POOLER_LAYOUT
+    whole = pooled % BLOCK == 0 and width % BLOCK == 0
+    shape = (pooled // BLOCK, width // BLOCK, *step)
+    if not (whole and packed.shape == shape and packed.dtype == dtype and _native.linears_available[0]):
         raise ValueError(f"packed_pooler: expected what packed_for makes, got {packed.dtype} {list(packed.shape)}")
 
 

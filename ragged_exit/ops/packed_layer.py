@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ragged_exit.ops.common import check_cu_seqlens, check_means
+from ragged_exit.ops.common import BLOCK, check_cu_seqlens, check_means
 from ragged_exit.ops.dispatch import implementation, native_available
 from ragged_exit.ops.layer_norm import KINDS
-from ragged_exit.ops.packed_linear import BLOCK, PackedWeights, check_packed, packed_dtype, resolve_packed
+from ragged_exit.ops.packed_linear import PackedWeights, check_packed, packed_dtype, resolve_packed
 from ragged_exit.ops.registration import registered
 
 

@@ -14,17 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ragged_exit.ops.common import BLOCK, FLOAT_TILES, FLOAT_VECTORS, HALF_VECTORS
 from ragged_exit.ops.dispatch import implementation, native_available, resolve_impl
 from ragged_exit.ops.registration import registered
 
-BLOCK = 32  # inputs and outputs come in whole blocks: of LinearArgs in csrc/kernels.h
 DTYPES = (torch.float32, torch.bfloat16)
-# a step of 32 inputs for 32 outputs, ``panels.shape[2:]``: vectors in float32 and bfloat16, tiles in float32
-_STEPS: dict[tuple[int, ...], torch.dtype] = {
-    (1, 2, 32, 16, 1): torch.float32,
-    (1, 2, 16, 16, 2): torch.bfloat16,
-    (3, 2, 16, 16, 2): torch.bfloat16,
-}
+_LAYOUTS: dict[tuple[int, ...], torch.dtype] = dict((FLOAT_VECTORS, HALF_VECTORS, FLOAT_TILES))
 
 
 class PackedWeights(NamedTuple):
@@ -125,7 +120,7 @@ def packed_linear(
 def check_packed(name: str, weights: PackedWeights) -> None:
     """Raise ValueError, naming the argument, unless the kernels can read ``weights`` as they lie in memory."""
     panels, bias = weights
-    if panels.ndim != 7 or _STEPS.get(panels.shape[2:]) != panels.dtype or not _lies_plainly(panels):
+    if panels.ndim != 7 or _LAYOUTS.get(panels.shape[2:]) != panels.dtype or not _lies_plainly(panels):
         raise ValueError(f"{name}: expected panels as pack_linear makes them, got {panels.dtype} {list(panels.shape)}")
     if bias.shape != (BLOCK * len(panels),) or bias.dtype != torch.float32 or not _lies_plainly(bias):
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops.exit_step import ExitDecision
+from ragged_exit.ops import ExitDecision
 from ragged_exit.rules import ExitRule, ScoreSpec
 
 SMALLEST_MARGIN = 1e-5
@@ -125,8 +125,7 @@ def decide_oracle(
     else:
         threshold = torch.full((rows,), rule.threshold_at(exit_index)).double()  # rounded to fp32, as the ops see it
     counter = previous = None
-    counts = spec.score.endswith("patience")
-    if counts:
+    if spec.counts:
         old_counter = batch.state["counter"][:rows].cpu().double()
         old_previous = batch.state["previous"][:rows].cpu().double()
         agrees, gap, current = _agreement(logits, old_previous, spec)
@@ -145,7 +144,7 @@ def decide_oracle(
         ">=": score >= threshold,
     }[spec.compare]
     exits = torch.ones_like(early) if final else early
-    return OracleDecision(logits, score, threshold, gap, exits, counter, previous, counts)
+    return OracleDecision(logits, score, threshold, gap, exits, counter, previous, spec.counts)
 
 
 def oracle_score(logits: Tensor, signal: Tensor | None, spec: ScoreSpec) -> Tensor:

@@ -87,7 +87,7 @@ def _score(
     logits: Tensor, signal: Tensor | None, counter: Tensor | None, previous: Tensor | None, spec: ScoreSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The score ``[B]`` and the new counter and previous, empty where the rule keeps none."""
-    if spec.score in ("patience", "confident_patience"):
+    if spec.counts:
         assert counter is not None and previous is not None
         broken = logits.isnan().any(1)
         if spec.score == "confident_patience":
