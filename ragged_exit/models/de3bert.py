@@ -101,11 +101,16 @@ class De3Bert(LayeredModel):
         ]
 
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
-        """sum(CE + dar_weight DAR), DAR the mean cosine distance to the own class's prototype; moves the prototypes."""
+        """sum(CE + dar_weight DAR), DAR the mean cosine distance to the own class's prototype.
+
+        A step that learns (with gradients) moves the prototypes; rows that only evaluate must teach nothing.
+        """
         loss = super().training_loss(points, labels)
+        learns = loss.requires_grad
         for point, highway in zip(points, self.highways, strict=False):
             distances, features = point.output.signal, point.output.features
             assert distances is not None and features is not None
             loss = loss + self.dar_weight * distances.gather(1, labels[:, None]).mean()
-            highway.move(features, labels, self.prototype_rate)  # type: ignore[operator]
+            if learns:
+                highway.move(features, labels, self.prototype_rate)  # type: ignore[operator]
         return loss

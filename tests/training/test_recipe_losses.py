@@ -37,7 +37,7 @@ def setup(system: str, **options):
 
 
 def loss_of(model, phase: int, *arguments, **options) -> float:
-    return float(phases_of(model)[phase].loss(model, Batch(*arguments, **options)))
+    return phases_of(model)[phase].loss(model, Batch(*arguments, **options)).item()
 
 
 def test_deebert_final_then_the_others():
@@ -84,6 +84,9 @@ def test_de3bert_adds_the_distance_to_the_own_prototype_and_moves_it():
             own = prototypes[label]
             wanted += 0.3 * (1 - float(vector @ own / (vector.norm() * own.norm()))) / ROWS
     assert loss_of(model, 0, points, labels) == pytest.approx(wanted, rel=1e-5)
+    for highway, old in zip(model.highways, before, strict=True):
+        assert torch.equal(highway.prototypes, old)  # without gradients nothing is learned
+    assert loss_of(model, 0, points_of(model, batch), labels) == pytest.approx(wanted, rel=1e-5)
     for point, highway, old in zip(points, model.highways, before, strict=False):
         for label in (0, 1):
             centroid = point.output.features[labels == label].mean(0)
