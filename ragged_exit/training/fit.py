@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.claims import read_claim, write_claim
@@ -60,7 +60,8 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if work_dir is None else work_dir)
         settings = [freeze_backbone, epochs, learning_rate, batch_size, seed, bf16]
-        _claim(folder, model, repr((model.section(), settings, train, valid, None if hard is None else hard.tolist())))
+        rows = (train, valid, None if hard is None else hard.tolist())
+        _claim(folder, model, repr((model.section(), _digest(model.backbone), settings, rows)))
         for number, phase in enumerate(phases_of(model)):
             parts = [part for part in phase.parts(model) if not (freeze_backbone and part is model.backbone)]
             if not any(True for part in parts for _ in part.parameters()):
@@ -80,9 +81,11 @@ def fit(
                 for examples, part_labels, extra in ((train, labels[0], hard), (valid, labels[1], None))
             ]
             hooks = phase.hooks(model)
-            _train(training, schedule, sets, done.with_suffix(""), seed, bf16, show_progress)
-            for hook in hooks:
-                hook.remove()
+            try:
+                _train(training, schedule, sets, done.with_suffix(""), seed, bf16, show_progress)
+            finally:  # interrupted, too: they would stay on the caller's model
+                for hook in hooks:
+                    hook.remove()
             save_file(training.state_dict(), done)
     model.eval().requires_grad_(True)
 
@@ -207,7 +210,13 @@ def _train(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The latest that is whole: a run that was killed while it saved leaves one without what Trainer writes last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _start_at(mean: float, model: LayeredModel) -> None:
@@ -226,6 +235,15 @@ def has_progress(folder: Path) -> bool:
     """Whether an epoch or a phase that is done lies anywhere in ``folder``."""
     saved = (path.name for path in folder.rglob("*.safetensors"))
     return any(not name.endswith(_START) for name in saved) or any(folder.rglob("checkpoint-*"))
+
+
+def _digest(backbone: nn.Module) -> str:
+    """Of all weights: an encoder's name and shape do not tell it from another. Fresh heads differ from call to call."""
+    digest = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _claim(folder: Path, model: LayeredModel, settings: str) -> None:

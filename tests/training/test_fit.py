@@ -1,5 +1,7 @@
 """Fitting: it learns, what is frozen does not move by a bit, and a killed run goes on as if nothing had happened."""
 
+import shutil
+
 import pytest
 import torch
 from recipe_cases import SYSTEMS, batch_of, points_of, task, tiny
@@ -30,6 +32,13 @@ def accuracies(model, examples) -> list[float]:
     with torch.no_grad():
         points = points_of(model, batch)
     return [float((point.output.logits.argmax(1) == batch["labels"]).float().mean()) for point in points]
+
+
+def called_again(system: str, seed: int):
+    """``tiny(system)`` as a later process has it: the same encoder, other fresh heads."""
+    model = tiny(system, seed=seed)
+    model.backbone.load_state_dict(tiny(system).backbone.state_dict())
+    return model
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -122,13 +131,13 @@ def test_resumed_is_uninterrupted(system, freeze_backbone, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             fit(killed, *parts, work_dir=tmp_path, **options)
     assert kills == [1]
-    resumed = tiny(system, seed=5)  # other weights: the run's own start counts
+    resumed = called_again(system, seed=5)  # the run's own start counts
     fit(resumed, *parts, work_dir=tmp_path, **options)
     assert not moved(resumed, clone(whole))
 
 
 def test_finished_run_is_read_back(tmp_path):
-    first, second = tiny("deebert"), tiny("deebert", seed=1)
+    first, second = tiny("deebert"), called_again("deebert", seed=1)
     for model in (first, second):
         fit(model, task(64, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
     assert not moved(second, clone(first))
@@ -138,6 +147,52 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
     with pytest.raises(ValueError, match="work_dir"):
         fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=2, work_dir=tmp_path, **FAST)
+
+
+def test_another_encoders_run_is_refused(tmp_path):
+    """One of the same shape: nothing but its weights tells it from the run's own."""
+    fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
+    with pytest.raises(ValueError, match="work_dir"):
+        fit(tiny("pabee", seed=1), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
+
+
+def test_a_run_killed_while_it_saved_goes_on_from_the_epoch_before(tmp_path):
+    parts = task(64, 1), task(32, 2)
+    whole, resumed = tiny("pabee"), tiny("pabee")
+    fit(whole, *parts, epochs=2, **FAST)
+    fit(resumed, *parts, epochs=2, work_dir=tmp_path, **FAST)
+    (tmp_path / "0-joint.safetensors").unlink()
+    (checkpoint,) = (tmp_path / "0-joint").glob("checkpoint-*")
+    cut_short = checkpoint.with_name("checkpoint-99")
+    shutil.copytree(checkpoint, cut_short)
+    (cut_short / "trainer_state.json").unlink()
+    resumed = called_again("pabee", seed=5)
+    fit(resumed, *parts, epochs=2, work_dir=tmp_path, **FAST)
+    assert not moved(resumed, clone(whole))
+
+
+def test_an_interrupted_run_leaves_no_hooks_behind(monkeypatch):
+    model = tiny("elasticbert")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "_train", lambda *arguments: [][0])
+        with pytest.raises(IndexError):
+            fit(model, task(32, 1), task(32, 2), epochs=1, **FAST)
+    other = tiny("elasticbert")
+    for each in (model, other):
+        fit(each, task(32, 1), task(32, 2), epochs=1, **FAST)
+    assert not moved(model, clone(other))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_validation_rows_teach_nothing(system):
+    model, other = tiny(system), tiny(system)
+    fit(model, task(64, 1), task(32, 2), epochs=2, **FAST)
+    valid = task(16, 3)
+    fit(other, task(64, 1), Examples(valid.sequences, [1 - label for label in valid.labels]), epochs=2, **FAST)
+    if system == "deebert":  # its highways stop early, where the validation loss says so
+        for each in (model, other):
+            del each.highways
+    assert not moved(model, clone(other))
 
 
 def test_a_run_that_did_nothing_makes_way(tmp_path, monkeypatch):
@@ -211,6 +266,6 @@ def test_cascade_trains_every_member(tmp_path):
     changed = moved(model, before)
     assert {name.split(".")[1] for name in changed} == {"0", "1"}
     assert min(min(accuracies(member, task(64, 9))) for member in model.members) > 0.9
-    again = rx.CascadeBert.from_members([tiny("full_depth", seed=1), tiny("pabee", seed=2)])
+    again = rx.CascadeBert.from_members([called_again("full_depth", seed=1), called_again("pabee", seed=2)])
     fit_cascade(again, task(128, 1), task(64, 2), folds=2, epochs=2, work_dir=tmp_path, **FAST)
     assert not moved(again, clone(model))
