@@ -52,8 +52,8 @@ def difficult_rows(
     model: LayeredModel, train: Examples, *, folds: int, seed: int, work_dir: Path | None = None, **options: Any
 ) -> Tensor:
     """bool ``[N]``: the rows that a copy of ``model`` gets wrong when it has been trained on the other folds."""
-    if folds < 2:
-        raise ValueError(f"folds: expected at least 2, got {folds}")
+    if not 2 <= folds <= len(train):
+        raise ValueError(f"folds: expected 2 to {len(train)} (the training rows), got {folds}")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     hard = torch.zeros(len(train), dtype=torch.bool)
     for fold in range(folds):

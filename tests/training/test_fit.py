@@ -259,6 +259,12 @@ def test_difficult_rows_are_those_the_other_folds_get_wrong():
     assert found[:20].float().mean() > 0.9 and found[20:].float().mean() < 0.1
 
 
+@pytest.mark.parametrize("folds", [1, 21])
+def test_folds_without_rows_are_refused(folds):
+    with pytest.raises(ValueError, match=r"folds: expected 2 to 20 \(the training rows\), got"):
+        difficult_rows(tiny("full_depth"), task(20, 1), folds=folds, seed=3, **FAST)
+
+
 def test_cascade_trains_every_member(tmp_path):
     model = rx.CascadeBert.from_members([tiny("full_depth"), tiny("pabee")])
     before = clone(model)
