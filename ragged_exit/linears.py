@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,11 @@ def prepacking_available() -> bool:
         return False
 
 
+def _prepack(weight: Tensor) -> Tensor:
+    """Weight ``[N, K]`` as oneDNN reads it best: an opaque tensor, which ``to_dense`` turns back, bit for bit."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
 class PackedLinear:
     """y = act(x W^T + b), or the sum of x W^T + b and a residual, with a snapshot of the weights.
 
@@ -71,7 +77,7 @@ class PackedLinear:
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         if on_cpu and prepacking_available():
             self.kind = "onednn"
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+            self.weight = _prepack(weight.detach())
         else:
             self.kind = "plain"
             self.weight = weight.detach().clone().contiguous()
@@ -89,6 +95,16 @@ class PackedLinear:
 
     def __deepcopy__(self, memo: dict) -> PackedLinear:
         return self  # nothing in it ever changes, and oneDNN's packed weights cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.kind != "onednn":
+            return vars(self)
+        return vars(self) | {"weight": self.weight.to_dense()}  # an opaque tensor cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.kind == "onednn":
+            self.weight = _prepack(self.weight)
 
     def sum_with(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """x ``[T, K]``, residual ``[T, N]`` -> two summands of x W^T + b + residual; the second is None once added.

@@ -6,6 +6,7 @@ fp32 states are of the order of 1 and sum some hundred products a layer: 2e-5 is
 from __future__ import annotations
 
 import math
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -425,6 +426,17 @@ def test_packed_linear_is_a_snapshot(path: str) -> None:
     weight.zero_()
     bias.zero_()
     assert torch.equal(linear(x), before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pickled_packed_linear_is_the_same_to_the_bit(path: str, bias: bool, dtype: torch.dtype) -> None:
+    weight, offset, x = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype), torch.randn(33, 40).to(dtype)
+    linear = PackedLinear(weight, offset if bias else None)
+    again = pickle.loads(pickle.dumps(linear))
+    assert again.kind == linear.kind == {"prepacked": "onednn", "plain": "plain"}[path]
+    assert torch.equal(again(x), linear(x))
+    assert torch.equal(again(x, "gelu"), linear(x, "gelu"))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -88,11 +89,11 @@ def test_a_copy_answers_alike(case: Case, impl: str) -> None:
     fast = rx.accelerate(case.build(case.backbones[-1], 0), impl=impl)
     inputs = batch_of(random_rows(9, 3, longest=12), case.backbones[-1])
     expected = fast(*inputs)
-    again = copy.deepcopy(fast)
-    assert torch.equal(again(*inputs).logits, expected.logits)
-    again.refresh()
-    assert again._source[0] is not fast._source[0]
-    assert torch.equal(again(*inputs).logits, expected.logits)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(again(*inputs).logits, expected.logits)
+        again.refresh()
+        assert again._source[0] is not fast._source[0]
+        assert torch.equal(again(*inputs).logits, expected.logits)
 
 
 INNER = {
