@@ -143,7 +143,7 @@ class AcceleratedModel(nn.Module):
         A sequence is a list of token ids, or a mapping with ``input_ids`` and perhaps ``token_type_ids`` (lists, as a
         tokenizer returns them without padding; whatever the model itself takes there). A window of a few token budgets
         is read ahead and sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all
-        the same.
+        the same. Where ``sequences`` itself raises, what it gave before is answered first, then its error is raised.
         """
         yield from answer_in_order(
             (StreamRow(index, *self._read(item)) for index, item in enumerate(sequences)),

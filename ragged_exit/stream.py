@@ -54,10 +54,14 @@ class _Window:
 def answer_in_order(
     rows: Iterable[StreamRow], pack: Callable[[list[StreamRow]], RaggedBatch], pools: SurvivorPools
 ) -> Iterator[RowResult]:
-    """Answers in the order of ``rows``; bad rows get their error. ``pack`` makes a batch of good rows."""
+    """Answers in the order of ``rows``; bad rows get their error. ``pack`` makes a batch of good rows.
+
+    What the source of ``rows`` raises is raised when all that came before is answered.
+    """
     waiting: deque[_Window] = deque()
+    failures: list[Exception] = []
     batches = 0
-    for chunk in _chunks(rows, WINDOW_BATCHES * pools.token_budget):
+    for chunk in _chunks(_until_failure(rows, failures), WINDOW_BATCHES * pools.token_budget):
         window = _Window([RowResult(row.index, error=row.error) for row in chunk])
         waiting.append(window)
         good = [place for place, row in enumerate(chunk) if row.error is None]
@@ -76,6 +80,16 @@ def answer_in_order(
     _fill(waiting, finished)
     for window in waiting:
         yield from window.results
+    if failures:
+        raise failures[0]
+
+
+def _until_failure(rows: Iterable[StreamRow], failures: list[Exception]) -> Iterator[StreamRow]:
+    """``rows`` up to where their source raises; what it raised goes into ``failures``."""
+    try:
+        yield from rows
+    except Exception as error:
+        failures.append(error)
 
 
 def _chunks(rows: Iterable[StreamRow], tokens: int) -> Iterator[list[StreamRow]]:

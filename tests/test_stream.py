@@ -206,6 +206,47 @@ def test_a_bad_row_is_reported_and_the_others_are_answered(kind: str, place: int
         torch.testing.assert_close(result.logits, expected.logits[row], **CLOSE)
 
 
+@pytest.mark.parametrize("budget", [20, 8192])
+@pytest.mark.parametrize("before", [0, 1, 200])
+def test_what_came_before_the_source_failed_is_answered_first(before: int, budget: int) -> None:
+    """20 tokens: windows are behind it and rows wait in the pools; 8,192: all are in the window being read."""
+    fast = rx.accelerate(exiting(tiny_deebert()), impl="reference")
+    rows = random_rows(200, seed=3)
+    failure = OSError("the disk is gone")
+
+    def failing() -> Iterator[list[int]]:
+        yield from rows[:before]
+        raise failure
+
+    results = []
+    with pytest.raises(OSError, match="the disk is gone") as raised:
+        results.extend(fast.stream(failing(), token_budget=budget))  # extend keeps what came
+    assert raised.value is failure and len(results) == before
+    assert_results(results, fast(*padded(rows)))
+
+
+def test_an_interrupt_in_the_source_and_a_stream_that_is_closed_run_nothing_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast, rows = fast_model(), random_rows(100, seed=3)
+    runs = watch_runs(monkeypatch)
+
+    def interrupted() -> Iterator[list[int]]:
+        yield from rows
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(fast.stream(interrupted()))
+    assert not runs
+    results = fast.stream(rows, token_budget=20)
+    next(results)
+    ran = len(runs)
+    flushes: list[None] = []
+    monkeypatch.setattr(SurvivorPools, "flush", lambda self: flushes.append(None))
+    results.close()
+    assert ran and len(runs) == ran and not flushes
+
+
 def test_all_rows_bad_and_no_rows() -> None:
     fast = fast_model()
     results = list(fast.stream([[], "", None]))
