@@ -133,14 +133,17 @@ class RaggedBatch:
         that are not ``padding_idx`` up to it, plus ``padding_idx`` (RoBERTa).
 
         Raises ValueError naming the argument: an empty batch, a row without tokens, a mask that is not 0/1, shapes or
-        devices that differ. Raises TypeError when ids are not integers.
+        devices that differ. Raises TypeError when ids are not integers, or something is no tensor.
         """
-        check_ids("input_ids", input_ids)
+        beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        check_inputs(input_ids, **beside)
+        for name, value in beside.items():
+            if value is not None and value.device != input_ids.device:
+                raise ValueError(f"{name}: expected the device of input_ids, {input_ids.device}, got {value.device}")
         batch, width = input_ids.shape
         if attention_mask is None:
             keep = torch.ones_like(input_ids, dtype=torch.bool)
         else:
-            _check_same("attention_mask", attention_mask, input_ids)
             keep = attention_mask == 1
             if not bool((keep | (attention_mask == 0)).all()):
                 raise ValueError("attention_mask: expected only 0 and 1, got other values")
@@ -148,9 +151,6 @@ class RaggedBatch:
         if bool((seqlens == 0).any()):
             row = int((seqlens == 0).nonzero()[0])
             raise ValueError(f"attention_mask: row {row} has no tokens; expected at least one")
-        for name, value in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-            if value is not None:
-                _check_same(name, value, input_ids)
         if position_ids is None:
             if padding_idx is None:
                 position_ids = torch.arange(width, device=input_ids.device).expand(batch, width)
@@ -283,13 +283,21 @@ def _flatten(name: str, sequences: Sequence[Sequence[int]]) -> Tensor:
 def check_ids(name: str, ids: Tensor) -> None:
     """Raise unless ``ids`` is an integer ``[B, S]`` tensor with at least one row and column."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name}: expected an integer tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name}: expected an integer tensor, got {got}")
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"{name}: expected shape [batch >= 1, length >= 1], got {list(ids.shape)}")
 
 
-def _check_same(name: str, value: Tensor, input_ids: Tensor) -> None:
-    if value.shape != input_ids.shape:
-        raise ValueError(f"{name}: expected the shape of input_ids {list(input_ids.shape)}, got {list(value.shape)}")
-    if value.device != input_ids.device:
-        raise ValueError(f"{name}: expected the device of input_ids, {input_ids.device}, got {value.device}")
+def check_inputs(input_ids: Tensor, **beside: Tensor | None) -> None:
+    """Raise unless ``input_ids`` passes ``check_ids`` and what is given beside it are tensors of its shape, or None."""
+    check_ids("input_ids", input_ids)
+    for name, value in beside.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.shape != input_ids.shape:
+            raise ValueError(
+                f"{name}: expected the shape of input_ids {list(input_ids.shape)}, got {list(value.shape)}"
+            )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
-from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_ids, token_bucket
+from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_inputs, token_bucket
 from ragged_exit.buffers import Buffers
 from ragged_exit.linears import PackedLinear, check_activation
 from ragged_exit.ops import (
@@ -87,10 +87,10 @@ class PackedEncoder:
     ) -> RaggedBatch:
         """``RaggedBatch.pack`` with this backbone's positions, after checking ids against its tables and ``also``'s.
 
-        Raises ValueError naming the argument: ids, positions or token types outside their tables.
+        Raises TypeError or ValueError naming the argument, also for ids, positions or token types outside their tables.
         """
-        check_ids("input_ids", input_ids)
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        check_inputs(input_ids, **given)
         beside = {name: None if value is None else value.to(input_ids.device) for name, value in given.items()}
         batch = RaggedBatch.pack(input_ids, **beside, padding_idx=self.padding_idx)
         for encoder in (self, *also):

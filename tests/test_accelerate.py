@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from accelerate_cases import (
     inputs,
     reference,
 )
+from system_cases import config_of
 from tiny import (
     LONGEST,
     VOCAB,
@@ -107,6 +109,37 @@ def test_float_labels_of_one_output_are_a_regression() -> None:
     torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels))
     assert_same_answers(output, reference(model, **batch))
     assert output.exit_layer.unique().numel() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_dtype_and_those_that_do_not_count(dtype: torch.dtype) -> None:
+    model, batch = exiting(tiny_deebert()), inputs()
+    fast, labels = rx.accelerate(model, impl="reference"), torch.arange(12) % 3
+    expected = fast(**batch, labels=labels).loss
+    assert torch.equal(fast(**batch, labels=labels.to(dtype)).loss, expected)
+    torch.testing.assert_close(reference(model, **batch, labels=labels.to(dtype)).loss, expected)
+    ignored = fast(**batch, labels=torch.tensor([0] + [-100] * 11))
+    torch.testing.assert_close(ignored.loss, F.cross_entropy(ignored.logits[:1], torch.tensor([0])))
+
+
+@pytest.mark.parametrize("callee", ["model", "fast"])
+@pytest.mark.parametrize(
+    ("labels", "classes", "error", "message"),
+    [
+        ([0] * 12, 3, TypeError, "labels: expected a tensor, got list"),
+        (torch.zeros(12), 3, TypeError, r"labels: expected integers, the classes, got torch\.float32"),
+        (torch.zeros(11).long(), 3, ValueError, r"labels: expected shape \[12\], one a row, got \[11\]"),
+        (torch.zeros(12, 1).long(), 3, ValueError, r"labels: expected shape \[12\], .* got \[12, 1\]"),
+        (torch.arange(12) % 4, 3, ValueError, r"labels: expected classes in \[0, 3\), got 3"),
+        (torch.full((12,), -1), 3, ValueError, r"labels: expected classes in \[0, 3\), got -1"),
+        (torch.zeros(12, 2), 1, ValueError, r"labels: expected shape \[12\], .* got \[12, 2\]"),
+    ],
+)
+def test_bad_labels_are_named(callee: str, labels: Any, classes: int, error: type, message: str) -> None:
+    model = tiny_deebert(bert_config(num_labels=classes), rule=rx.MaxProb(0.9) if classes > 1 else rx.Patience(1))
+    call = model if callee == "model" else rx.accelerate(model, impl="reference")
+    with pytest.raises(error, match=message):
+        call(**inputs(), labels=labels)
 
 
 @pytest.mark.parametrize("impl", impls())
@@ -220,6 +253,10 @@ IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
         ({"input_ids": IDS.float()}, TypeError, r"input_ids: expected an integer tensor, got torch\.float32"),
         ({"input_ids": IDS > 6}, TypeError, r"input_ids: expected an integer tensor, got torch\.bool"),
         ({"input_ids": IDS.tolist()}, TypeError, "input_ids: expected an integer tensor, got list"),
+        ({"input_ids": IDS.numpy()}, TypeError, "input_ids: expected an integer tensor, got ndarray"),
+        ({"attention_mask": np.ones((2, 3))}, TypeError, "attention_mask: expected a tensor, got ndarray"),
+        ({"attention_mask": [[1, 1, 1]] * 2}, TypeError, "attention_mask: expected a tensor, got list"),
+        ({"token_type_ids": IDS.numpy()}, TypeError, "token_type_ids: expected a tensor, got ndarray"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, ValueError, "attention_mask: row 1 has no tokens"),
         ({"attention_mask": torch.tensor([[1, 1, 2], [1, 1, 1]])}, ValueError, "attention_mask: expected only 0 and 1"),
         ({"attention_mask": torch.full((2, 3), 0.5)}, ValueError, "attention_mask: expected only 0 and 1"),
@@ -242,6 +279,26 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type, message: str
     with pytest.raises(error, match=message):
         fast(**({"input_ids": IDS} | arguments))
     assert fast(IDS).logits.shape == (2, 3)  # and does no harm
+
+
+@pytest.mark.parametrize("callee", ["model", "fast"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": IDS.numpy()}, TypeError, "input_ids: expected an integer tensor, got ndarray"),
+        ({"attention_mask": np.ones((2, 3))}, TypeError, "attention_mask: expected a tensor, got ndarray"),
+        ({"token_type_ids": IDS.numpy()}, TypeError, "token_type_ids: expected a tensor, got ndarray"),
+        ({"token_type_ids": IDS[:, :2]}, ValueError, r"token_type_ids: .*\[2, 3\], got \[2, 2\]"),
+    ],
+)
+def test_bad_input_is_named_where_segments_are_read(
+    callee: str, arguments: dict[str, Any], error: type, message: str
+) -> None:
+    """FastBERT on UER looks at them before they are packed."""
+    model = randomise(rx.FastBert(config_of("uer")))
+    call = model if callee == "model" else rx.accelerate(model, impl="reference")
+    with pytest.raises(error, match=message):
+        call(**({"input_ids": IDS, "token_type_ids": torch.ones_like(IDS)} | arguments))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from ragged_exit.outputs import ExitOutput
 from ragged_exit.rules import ExitRule, rule_from_dict
 
 WEIGHTS_FILE = "model.safetensors"
+IGNORED = -100  # a label that does not count, PyTorch's own default
 SYSTEMS: dict[str, type[EarlyExitModel]] = {}  # every system by its name, as config.json has it
 EncoderFactory = Callable[[nn.Module], PackedEncoder]
 
@@ -132,10 +133,24 @@ class EarlyExitModel(nn.Module):
         return output
 
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, or the mean squared error for one output."""
-        if logits.shape[1] == 1:
-            return F.mse_loss(logits[:, 0].float(), labels.float().reshape(len(logits)))  # [B] or [B, 1]
-        return F.cross_entropy(logits.float(), labels)
+        """Cross-entropy with integer labels ``[B]``, or for one output the mean squared error, ``[B]`` or ``[B, 1]``.
+
+        Labels of -100 do not count. Raises TypeError or ValueError naming ``labels``.
+        """
+        rows, classes = logits.shape
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+        if labels.shape != (rows,) and (classes > 1 or labels.shape != (rows, 1)):
+            raise ValueError(f"labels: expected shape [{rows}], one a row, got {list(labels.shape)}")
+        if classes == 1:
+            return F.mse_loss(logits[:, 0].float(), labels.float().reshape(rows))
+        if labels.is_floating_point():
+            raise TypeError(f"labels: expected integers, the classes, got {labels.dtype}")
+        if labels.device.type == "cpu":  # elsewhere the host would wait for the answer
+            outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+            if len(outside):
+                raise ValueError(f"labels: expected classes in [0, {classes}), got {int(outside[0])}")
+        return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` (with the ``early_exit`` section) and ``model.safetensors``."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ragged_exit.backbones import Affine, stack
-from ragged_exit.batch import RaggedBatch, token_bucket
+from ragged_exit.batch import RaggedBatch, check_inputs, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.heads import HeadOutput
 from ragged_exit.linears import PackedLinear
@@ -117,6 +117,7 @@ class FastBert(LayeredModel):
         """UER's segments -> mask and token types. They are told by [CLS], which is 1 there and 0 in token types."""
         if token_type_ids is None or not isinstance(self.config, UerConfig):
             return input_ids, attention_mask, token_type_ids
+        check_inputs(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         first = token_type_ids.gather(1, mask.int().argmax(1, keepdim=True))
         if not bool((first == 1).all()):
