@@ -41,7 +41,8 @@ def accelerate(
     holds a snapshot of the weights; ``refresh()`` reads them again. Nothing is patched.
 
     Raises TypeError when ``model`` is no early-exit model or ``rule`` no rule; ValueError for a field that the rule
-    does not have, thresholds of another number than exits, or a dtype that the device cannot run.
+    does not have, thresholds of another number than exits, a dtype that the device cannot run, or a module in place of
+    a linear, an embedding or a LayerNorm that does more with its weight, as an adapter's.
     """
     if not isinstance(model, EarlyExitModel):
         raise TypeError(f"model: expected an early-exit model of ragged_exit, got {type(model).__name__}")

@@ -10,6 +10,34 @@ import torch
 from torch import Tensor, nn
 
 
+class UerLayerNorm(nn.Module):
+    """weight (x - mean) / (std + eps) + bias with the unbiased standard deviation: not ``nn.LayerNorm``."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * centred / (x.std(-1, keepdim=True) + self.eps) + self.bias
+
+
+_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, UerLayerNorm)  # their weights say all that they compute
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Its weight. Raises ValueError for a module that computes something else with it, as an adapter's wrapper does."""
+    kind = type(module)
+    if kind.forward not in [plain.forward for plain in _PLAIN]:
+        raise ValueError(
+            "model: expected plain linears, embeddings and LayerNorms, "
+            f"got a {kind.__module__}.{kind.__qualname__}; merge adapters into the weights first"
+        )
+    return module.weight  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Affine:
     """weight ``[N, K]`` (or ``[H]`` for a LayerNorm) and bias ``[N]``."""
@@ -19,7 +47,7 @@ class Affine:
 
     @classmethod
     def of(cls, module: nn.Module) -> Affine:
-        return cls(module.weight, module.bias)  # type: ignore[arg-type]
+        return cls(weight_of(module), module.bias)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -69,7 +97,7 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
     """Read an encoder of transformers (BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT) or our ``UerModel``.
 
     The result refers to the parameters where it can. Raises ValueError naming what is not supported: another
-    architecture, a decoder, relative positions.
+    architecture, a decoder, relative positions, modules that ``weight_of`` refuses.
     """
     config = backbone.config
     kind = getattr(config, "model_type", type(backbone).__name__)
@@ -86,7 +114,7 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
 def stack(*parts: nn.Module) -> Affine:
     """Several linears on one input as one: weights and biases concatenated."""
     return Affine(
-        torch.cat([part.weight for part in parts]),  # type: ignore[misc]
+        torch.cat([weight_of(part) for part in parts]),
         torch.cat([part.bias for part in parts]),  # type: ignore[misc]
     )
 
@@ -136,9 +164,9 @@ def _distilbert(backbone: Any, config: Any) -> dict[str, Any]:
 def _uer(backbone: Any, config: Any) -> dict[str, Any]:
     embedding = backbone.embedding
     return {
-        "word_embeddings": embedding.word_embedding.weight,
-        "position_embeddings": embedding.position_embedding.weight,
-        "token_type_embeddings": embedding.segment_embedding.weight[1:],  # row 0 is the padding's
+        "word_embeddings": weight_of(embedding.word_embedding),
+        "position_embeddings": weight_of(embedding.position_embedding),
+        "token_type_embeddings": weight_of(embedding.segment_embedding)[1:],  # row 0 is the padding's
         "embedding_norm": Affine.of(embedding.layer_norm),
         "layers": [_uer_layer(layer) for layer in backbone.encoder.transformer],
         "num_heads": config.num_attention_heads,
@@ -161,9 +189,9 @@ _READERS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
 def _embeddings(embeddings: Any) -> dict[str, Any]:
     types = getattr(embeddings, "token_type_embeddings", None)
     return {
-        "word_embeddings": embeddings.word_embeddings.weight,
-        "position_embeddings": embeddings.position_embeddings.weight,
-        "token_type_embeddings": None if types is None else types.weight,
+        "word_embeddings": weight_of(embeddings.word_embeddings),
+        "position_embeddings": weight_of(embeddings.position_embeddings),
+        "token_type_embeddings": None if types is None else weight_of(types),
         "embedding_norm": Affine.of(embeddings.LayerNorm),
     }
 

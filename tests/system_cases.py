@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, DistilBertConfig, ElectraConfig, PretrainedConfig
 
 import ragged_exit as rx
+from ragged_exit.backbones import UerLayerNorm
 from ragged_exit.models.base import ExitPoint, answer
-from ragged_exit.models.uer import UerConfig, UerLayerNorm
+from ragged_exit.models.uer import UerConfig
 from ragged_exit.ops import reference
 from ragged_exit.testing import quiet_threshold
 

@@ -350,6 +350,72 @@ def test_an_accelerated_model_cannot_be_accelerated_again() -> None:
         rx.accelerate(fast_model())  # type: ignore[arg-type]
 
 
+# modules that are not what their weights say ------------------------------------------------------------------------
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class DoubledNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class DoubledEmbedding(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(ids)
+
+
+BACKBONE = "backbone.encoder.layer.1."
+WRAPPED = {
+    "query": ("deebert", BACKBONE + "attention.self.query", Doubled(32, 32)),
+    "feed forward": ("deebert", BACKBONE + "output.dense", Doubled(64, 32)),
+    "norm": ("deebert", BACKBONE + "output.LayerNorm", DoubledNorm(32)),
+    "embedding": ("deebert", "backbone.embeddings.word_embeddings", DoubledEmbedding(VOCAB, 32)),
+    "pooler": ("deebert", "highways.1.pooler", Doubled(32, 32)),
+    "classifier": ("deebert", "highways.1.classifier", Doubled(32, 3)),
+    "prototype": ("de3bert", "highways.1.proto", Doubled(32, 32)),
+    "uncertainty": ("berxit", "lte", Doubled(32, 1)),
+    "electra's head": ("electra", "final.classifier", Doubled(32, 3)),
+    "branch": ("fastbert", "classifiers.1.output_layer_1", Doubled(128, 128)),
+}
+
+
+def wrappable(system: str) -> rx.EarlyExitModel:
+    if system == "electra":
+        return randomise(rx.DeeBert(config_of("electra")))
+    factories = {"deebert": rx.DeeBert, "de3bert": rx.De3Bert, "berxit": rx.Berxit, "fastbert": rx.FastBert}
+    return randomise(factories[system](bert_config()))
+
+
+@pytest.mark.parametrize("place", WRAPPED)
+def test_a_module_that_does_more_with_its_weight_is_refused(place: str) -> None:
+    """As a LoRA's linear, which answers with its base's weight."""
+    system, name, module = WRAPPED[place]
+    model = wrappable(system)
+    fast, ids = rx.accelerate(model, impl="reference"), torch.arange(5, 17).view(3, 4)
+    expected = fast(ids)
+    model.set_submodule(name, module)
+    with pytest.raises(ValueError, match=rf"model: expected plain .* got a .*\.{type(module).__name__}; merge"):
+        rx.accelerate(model, impl="reference")
+    with pytest.raises(ValueError, match="model: expected plain"):
+        fast.refresh()
+    assert_same_answers(fast(ids), expected)
+
+
+def test_other_classes_that_compute_the_same_are_taken() -> None:
+    class Named(nn.Linear):
+        pass
+
+    model, batch = exiting(tiny_deebert()), inputs()
+    attention = model.backbone.encoder.layer[1].attention.self
+    attention.key = Named(32, 32)
+    nn.utils.parametrizations.weight_norm(attention.query)
+    assert type(attention.query) is not nn.Linear
+    randomise(model)
+    assert_same_answers(rx.accelerate(model, impl="reference")(**batch), reference(model, **batch))
+
+
 # the snapshot -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("impl", impls())
 def test_the_snapshot_is_independent_until_refreshed(impl: str) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ragged_exit.backbones import weight_of
 from ragged_exit.batch import RaggedBatch, token_bucket
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.heads import HeadOutput, MlpHead
@@ -102,13 +103,13 @@ class MlpExit:
             return PackedMlp(self, encoder.impl, encoder.dtype, encoder.device)
         uncertainty, prototype = self.uncertainty, self.prototype
         return MlpHead(
-            classifier_weight=self.classifier.weight,
+            classifier_weight=weight_of(self.classifier),
             classifier_bias=self.classifier.bias,
-            pooler_weight=self.pooler.weight,
+            pooler_weight=weight_of(self.pooler),
             pooler_bias=self.pooler.bias,
-            uncertainty_weight=None if uncertainty is None else uncertainty.weight[0],
+            uncertainty_weight=None if uncertainty is None else weight_of(uncertainty)[0],
             uncertainty_bias=None if uncertainty is None else uncertainty.bias,
-            prototype_weight=None if prototype is None else prototype.weight,
+            prototype_weight=None if prototype is None else weight_of(prototype),
             prototype_bias=None if prototype is None else prototype.bias,
             prototypes=self.prototypes,
             pooling=self.pooling,
@@ -123,7 +124,7 @@ class PackedMlp:
 
     def __init__(self, head: MlpExit, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:
         def packed(linear: nn.Linear) -> PackedLinear:
-            return PackedLinear(linear.weight.to(device, dtype), linear.bias.to(device, dtype), impl=impl)
+            return PackedLinear(weight_of(linear).to(device, dtype), linear.bias.to(device, dtype), impl=impl)
 
         self.pooling, self.activation, self.raw_uncertainty = head.pooling, head.activation, head.raw_uncertainty
         self.pooler, self.classifier = packed(head.pooler), packed(head.classifier)

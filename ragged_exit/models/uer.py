@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from ragged_exit.backbones import UerLayerNorm
+
 
 class UerConfig(PretrainedConfig):
     """Sizes under Hugging Face's names. The segment table has a row more than ``type_vocab_size``, for padding."""
@@ -40,20 +42,6 @@ class UerConfig(PretrainedConfig):
         self.type_vocab_size = type_vocab_size
         self.hidden_dropout_prob = hidden_dropout_prob
         self.initializer_range = initializer_range
-
-
-class UerLayerNorm(nn.Module):
-    """weight (x - mean) / (std + eps) + bias with the unbiased standard deviation: not ``nn.LayerNorm``."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return self.weight * centred / (x.std(-1, keepdim=True) + self.eps) + self.bias
 
 
 class UerAttention(nn.Module):
