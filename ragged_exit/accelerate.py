@@ -38,7 +38,7 @@ def accelerate(
 
     threshold (a number, or one per exit), patience and tolerance set those fields of the model's own rule; ``rule``
     replaces it. impl: "auto", "reference", "native" or "triton". dtype and device default to the model's. The result
-    holds a snapshot of the weights; ``refresh()`` reads them again. Nothing is patched.
+    holds a snapshot of the weights and the rule; ``refresh()`` reads them again. Nothing is patched.
 
     Raises TypeError when ``model`` is no early-exit model or ``rule`` no rule; ValueError for a field that the rule
     does not have, thresholds of another number than exits, a dtype that the device cannot run, or a module in place of
@@ -51,20 +51,17 @@ def accelerate(
         for name, value in (("threshold", threshold), ("patience", patience), ("tolerance", tolerance))
         if value is not None
     }
-    if rule is None:
-        rule = with_fields(model.rule, changes)
-    elif changes:
+    if rule is not None and changes:
         raise ValueError(f"rule: give either a rule or {sorted(changes)}, not both")
-    elif not isinstance(rule, ExitRule):
+    if rule is not None and not isinstance(rule, ExitRule):
         raise TypeError(f"rule: expected an ExitRule, got {type(rule).__name__}")
-    model.check_rule(rule)
     device = model.device if device is None else torch.device(device)
     if device.type == "cuda" and device.index is None:  # which one is told once: later another may be the current one
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = model.dtype if dtype is None else dtype
     if dtype not in (torch.float32, torch.bfloat16) and (device.type == "cpu" or dtype != torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or, on a GPU, float16, got {dtype}")
-    return AcceleratedModel(model, rule, resolve_impl(impl, device), dtype, device)
+    return AcceleratedModel(model, rule, changes, resolve_impl(impl, device), dtype, device)
 
 
 def with_fields(rule: ExitRule, changes: Mapping[str, Any]) -> ExitRule:
@@ -79,7 +76,11 @@ def with_fields(rule: ExitRule, changes: Mapping[str, Any]) -> ExitRule:
 
 
 class AcceleratedModel(nn.Module):
-    """What ``accelerate`` returns. It has no parameters of its own: the snapshot is not trainable."""
+    """What ``accelerate`` returns. It has no parameters of its own: the snapshot is not trainable.
+
+    It stays where and as ``accelerate`` made it: ``to``, ``cuda`` and ``half`` do nothing, and may not raise, since a
+    pipeline moves every model that it is given to the first GPU. Inputs may lie on any device.
+    """
 
     main_input_name = "input_ids"  # this and the next two: what transformers.pipeline asks a model
     input_modalities = ("text",)
@@ -88,34 +89,54 @@ class AcceleratedModel(nn.Module):
         return False
 
     def __init__(
-        self, model: EarlyExitModel, rule: ExitRule, impl: str, dtype: torch.dtype, device: torch.device
+        self,
+        model: EarlyExitModel,
+        rule: ExitRule | None,
+        changes: Mapping[str, Any],
+        impl: str,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """rule, or what to change in the model's own; the others as ``accelerate`` takes them, but none is None."""
         super().__init__()
         self._source = (model,)  # in a tuple, so that its parameters are not ours
+        self._given_rule = rule
+        self._changes = changes
         self.config = model.config
-        self.rule = rule
         self.impl = impl
         self.dtype = dtype
         self.device = device
         self.refresh()
         self.eval()
 
+    @property
+    def rule(self) -> ExitRule:
+        """Who leaves where. Another one: ``accelerate`` anew, or set the model's own and ``refresh()``."""
+        return self._rule
+
     def refresh(self) -> None:
-        """Take a new snapshot of the source model's weights."""
+        """Take a new snapshot of the source model: its weights, options and rule.
+
+        What ``accelerate`` was given stays: a rule as it is, and fields are set in the model's rule again. Raises what
+        ``accelerate`` raises for them; the old snapshot stays then.
+        """
         source = self._source[0]
         own_rule = source.rule
+        chosen = with_fields(own_rule, self._changes) if self._given_rule is None else self._given_rule
+        source.check_rule(chosen)
 
         def encoder(backbone: nn.Module) -> PackedEncoder:
             return PackedEncoder(backbone_weights(backbone), impl=self.impl, dtype=self.dtype, device=self.device)
 
         def snapshot(stage: Stage) -> Stage:
-            rule = self.rule if stage.rule is own_rule else stage.rule
+            rule = chosen if stage.rule is own_rule else stage.rule
             return replace(stage, head=self._snapshot_head(stage.head), rule=rule)
 
         stages = [snapshot(stage) for stage in source.stages(encoder)]
         self.encoders = [stage.encoder for stage in stages if stage.restart]  # several in a cascade
         self.encoder = self.encoders[0]
         self.executor = RaggedExecutor(stages, impl=self.impl)
+        self._rule = chosen
 
     def _snapshot_head(self, head: MlpHead | TokenHead) -> MlpHead | TokenHead:
         return packed_for(self.impl, head.to(self.dtype, self.device)) if isinstance(head, MlpHead) else head

@@ -430,12 +430,40 @@ def test_the_snapshot_is_independent_until_refreshed(impl: str) -> None:
     assert_same_answers(fast(**batch), expected)
 
 
-def test_refresh_keeps_the_rule_that_was_asked_for() -> None:
+@pytest.mark.parametrize("settings", [{"threshold": -1.0}, {"rule": rx.Entropy(-1.0)}], ids=["field", "rule"])
+def test_refresh_keeps_the_rule_that_was_asked_for(settings: dict[str, Any]) -> None:
     model, batch = exiting(tiny_deebert()), inputs()
-    fast = rx.accelerate(model, threshold=-1.0, impl="reference")
+    fast = rx.accelerate(model, **settings, impl="reference")
     model.rule = rx.Entropy(10.0)  # everybody out at once
     fast.refresh()
     assert fast(**batch).exit_layer.tolist() == [4] * 12
+
+
+def test_refresh_reads_the_models_rule_again() -> None:
+    model, batch = tiny_deebert(rule=rx.Entropy(-1.0)), inputs()
+    fast = rx.accelerate(model, impl="reference")
+    model.rule = rx.Entropy(10.0)
+    assert fast(**batch).exit_layer.tolist() == [4] * 12 and fast.rule == rx.Entropy(-1.0)
+    fast.refresh()
+    assert fast(**batch).exit_layer.tolist() == [1] * 12 and fast.rule == rx.Entropy(10.0)
+
+
+def test_refresh_sets_the_fields_that_were_given_in_the_models_present_rule() -> None:
+    model = tiny_deebert(rule=rx.Entropy(0.5))
+    fast = rx.accelerate(model, threshold=0.25, impl="reference")
+    model.rule = rx.MaxProb(0.9)
+    fast.refresh()
+    assert fast.rule == rx.MaxProb(0.25)
+    model.rule = rx.Patience(2)
+    with pytest.raises(ValueError, match="threshold: the rule Patience has no such field"):
+        fast.refresh()
+    assert fast.rule == rx.MaxProb(0.25) and fast(**inputs()).exit_layer.tolist() == [1] * 12
+
+
+def test_a_rule_cannot_be_set_where_it_would_change_nothing() -> None:
+    fast = fast_model()
+    with pytest.raises(AttributeError, match="rule"):
+        fast.rule = rx.Entropy(0.9)  # type: ignore[misc]
 
 
 def test_refresh_sees_options_that_changed() -> None:
