@@ -83,8 +83,8 @@ def read_text_data(
     text: column of the texts. If it is the default and missing, the first of `sentence`, `text1`, `sentence1` is taken.
     text2: column of the second texts of pairs. None: the partner of the text column (`text2`, `sentence2`), if present.
     label: integers are kept as they are; floats are regression targets, unless every one is a whole number, then
-        they are classes too; strings and booleans become indices into their sorted distinct values (`label_names`).
-        None: labels are not read.
+        they are classes too; strings and booleans become indices into their sorted distinct values (`label_names`),
+        unless every string is a number, then they are those numbers, in every format. None: labels are not read.
     require_labels: False lets the label column be absent (`labels=None`).
     label_names: the classes that there are, as another file or a checkpoint has them: named labels become indices into
         these, and whole numbers that are not all among the names stay as they are. Empty: only numbers are labels.
@@ -265,7 +265,7 @@ def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
 def _strings(path: Path, table: pa.Table, name: str) -> list[str]:
     column = _column(path, table, name)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not _is_text(kind):
         raise ValueError(f"{path}: column {name!r} must hold strings, got {kind}")
     return column.to_pylist()
 
@@ -279,8 +279,8 @@ def _labels(
     written = None if _is_real(column) else _label_texts(path, name, column)
     if known and written is not None and set(written) <= set(known):
         return _indices(written, known), list(known)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        column = _numbers_if_all_are(column)
+    if _is_text(column.type):
+        column = _numbers_if_all_are(column.cast(pa.string()))
     if pa.types.is_integer(column.type):
         return column.to_pylist(), None
     if _is_real(column):
@@ -298,6 +298,10 @@ def _labels(
         raise ValueError(f"{path}: column {name!r} has the unknown class {text!r} in row {row}; known classes: {names}")
     classes = sorted(set(written))
     return _indices(written, classes), classes
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_real(column: pa.ChunkedArray) -> bool:

@@ -125,6 +125,7 @@ def test_texts_that_look_like_something_else_stay_text(tmp_path, text):
         (["c", "a"], ["a", "b", "c"], [2, 0], ["a", "b", "c"]),
         ([1, 0], ["a", "b"], [1, 0], None),
         ([3, 1], ["1", "2", "3"], [2, 0], ["1", "2", "3"]),  # a file with "3" among words, and one without words
+        (["3", "1"], ["1", "2", "3"], [2, 0], ["1", "2", "3"]),
         ([1, 0], [], [1, 0], None),
         ([0.5, 1.0], ["a", "b"], [0.5, 1.0], None),
     ],
@@ -181,9 +182,22 @@ def test_booleans_in_csv_stay_as_written(tmp_path):
 
 
 @pytest.mark.parametrize("cells", [(" 1", "2 "), ("1", "2.0"), ("01", "2e0")])
-def test_numbers_in_csv_are_numbers(tmp_path, cells):
-    (tmp_path / "a.csv").write_text("text,label\na,{}\nb,{}\n".format(*cells))
-    assert (read_text_data(tmp_path / "a.csv").labels, read_text_data(tmp_path / "a.csv").label_names) == ([1, 2], None)
+def test_strings_that_are_numbers_are_numbers(tmp_path, suffix, cells):
+    data = read_text_data(write(tmp_path / f"a.{suffix}", {"text": ["a", "b"], "label": list(cells)}))
+    assert (data.labels, data.label_names, data.is_regression) == ([1, 2], None, False)
+
+
+def test_ten_follows_nine(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", {"text": ["x"] * 12, "label": [str(label) for label in range(12)]})
+    for known in (None, [], ["a", "b"]):
+        data = read_text_data(path, label_names=known)
+        assert (data.labels, data.label_names) == (list(range(12)), None)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_every_type_of_strings_may_hold_numbers(tmp_path, kind):
+    pq.write_table(pa.table({"text": ["x", "y"], "label": pa.array(["10", "9"]).cast(kind)}), tmp_path / "a.parquet")
+    assert read_text_data(tmp_path / "a.parquet").labels == [10, 9]
 
 
 def test_large_json_ids_and_columns_that_nobody_asked_for(tmp_path):
