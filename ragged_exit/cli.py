@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from ragged_exit.accelerate import accelerate
 from ragged_exit.data import read_text_data
-from ragged_exit.examples import read_tokenizer, tokenise
+from ragged_exit.examples import read_tokenizer, token_limit, tokenise
 from ragged_exit.integrations.score import score_file, score_locally
 from ragged_exit.integrations.scorer import DTYPES, ScoreOptions
 from ragged_exit.models.loading import load
@@ -236,8 +237,9 @@ def inspect(
 
         loaded, counts = load(model), []
         if data is not None:
-            examples = tokenise(read_tokenizer(model), read_text_data(data, label=None), max_length=max_length)
-            counts = exit_counts(loaded, examples)
+            fast, tokenizer, text = accelerate(loaded), read_tokenizer(model), read_text_data(data, label=None)
+            limit = token_limit(tokenizer, max_length, fast.encoders)
+            counts = exit_counts(fast, tokenise(tokenizer, text, max_length=limit))
     config = loaded.config
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     facts = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from ragged_exit.backbones import BackboneWeights
 from ragged_exit.data import TextData
+from ragged_exit.encoder import PackedEncoder
 
 Sequences = Sequence[Sequence[int]]
 # one of these holds a vocabulary, whatever the kind of tokenizer
@@ -56,10 +59,9 @@ class Examples:
         return labels
 
 
-def tokenise(tokenizer: Any, data: TextData, *, max_length: int | None = None) -> Examples:
+def tokenise(tokenizer: Any, data: TextData, *, max_length: int) -> Examples:
     """Text or text pairs as the model reads them, cut at ``max_length`` tokens; see ``token_limit``."""
-    limit = token_limit(tokenizer, max_length)
-    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=limit)
+    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=max_length)
     types = encoded.get("token_type_ids") if data.text_pairs is not None else None
     return Examples(encoded["input_ids"], data.labels, types)
 
@@ -78,6 +80,12 @@ def read_tokenizer(source: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-def token_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Where texts are cut: by default where they were in training, as ``fit`` tells the tokenizer, and at 512."""
-    return min(512, tokenizer.model_max_length) if max_length is None else max_length
+def token_limit(tokenizer: Any, max_length: int | None, encoders: Iterable[PackedEncoder | BackboneWeights]) -> int:
+    """Where texts are cut: at ``max_length``, or where they were in training, and at what the position tables hold.
+
+    ``fit`` tells the tokenizer where texts were cut; for a tokenizer that was told nothing it is 512.
+    """
+    if max_length is None:
+        told = tokenizer.model_max_length
+        max_length = 512 if told > LARGE_INTEGER else told  # transformers' way to say: unknown
+    return min(max_length, *(encoder.max_positions for encoder in encoders))

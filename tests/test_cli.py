@@ -130,6 +130,17 @@ def test_bench_reads_labels_by_a_checkpoints_names(reviews, tmp_path):
     assert labels[0].unique().tolist() == [0, 1] and torch.equal(*labels)
 
 
+@pytest.mark.parametrize("fitted", [True, False])
+def test_bench_cuts_texts_at_what_the_encoder_takes(fitted, reviews, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAGGED_EXIT_CACHE", str(tmp_path / "cache"))
+    model = own_checkpoint(tmp_path / "model", rx.Entropy(0.1)) if fitted else save_encoder(tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 1_000_000}))
+    with reviews.open("a") as file:
+        file.writelines(f"{'good ' * 600}{number},1\n" for number in range(40))
+    assert max(default.prepare(str(model), reviews, say=print).test.lengths) == 512
+
+
 def test_bench_takes_the_heads_of_a_published_checkpoint(tmp_path):
     bert = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=30)
     BertModel(bert).save_pretrained(tmp_path)

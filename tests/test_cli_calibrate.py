@@ -74,12 +74,16 @@ def test_texts_are_cut_where_the_tokenizer_says(checkpoint, data, monkeypatch):
         seen.append(max(map(len, sequences)))
         return exit_table(fast, sequences, types)
 
-    monkeypatch.setattr("ragged_exit.calibration.job.exit_table", spy)
+    for module in ("job", "exits"):  # of calibrate and inspect
+        monkeypatch.setattr(f"ragged_exit.calibration.{module}.exit_table", spy)
+    with data.open("a") as file:
+        file.write(json.dumps({"text": "good " * 2000}) + "\n")
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
-    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 5}))
-    run("calibrate", checkpoint, data, "--speedup", 1.5)
-    run("calibrate", checkpoint, data, "--speedup", 1.5, "--max-length", 7)
-    assert seen == [5, 7]
+    for command in (("calibrate", "--speedup", 1.5), ("inspect",)):
+        for told, options, cut in ((5, (), 5), (5, ("--max-length", 7), 7), (1_000_000, (), 512)):  # 512 positions
+            (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": told}))
+            code, output = run(*command, checkpoint, data, *options)
+            assert code == 0 and seen.pop() == cut, output
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 
 import ragged_exit.embedded as embedded
 from ragged_exit.accelerate import accelerate
+from ragged_exit.backbones import backbone_weights
 from ragged_exit.bench.compare import compare
 from ragged_exit.bench.report import Report
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.threshold import choose_threshold, point_at, quality_curve
-from ragged_exit.data import TextData, count_outputs, read_text_data, split_by_hash
-from ragged_exit.examples import Examples, read_tokenizer, tokenise
+from ragged_exit.data import count_outputs, read_text_data, split_by_hash
+from ragged_exit.examples import Examples, read_tokenizer, token_limit, tokenise
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.models.loading import class_names, is_early_exit, load
 from ragged_exit.training.fit import fit
@@ -57,8 +58,15 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say) -> 
     model_name = "bge-small L12" if model_source is None else Path(model_source).name
     tokenizer = read_tokenizer(source)
     parts = [data.select(rows) for rows in split_by_hash(data.ids)]
-    train, valid, test = (tokenise(tokenizer, part) for part in parts)
-    model = _model(source, data, train, valid, say=say)
+    fitted = is_early_exit(source)
+    if fitted:
+        model = _checkpoint(source)
+    else:
+        model = DeeBert.from_backbone(source, num_labels=count_outputs(data, len(parts[0])), pooling="mean")
+    limit = token_limit(tokenizer, None, [backbone_weights(model.backbone)])
+    train, valid, test = (tokenise(tokenizer, part, max_length=limit) for part in parts)
+    if not fitted:
+        model = _with_heads(model, source, train, valid, say=say)
     return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, _workload(valid), _workload(test))
 
 
@@ -108,20 +116,21 @@ def _heads_key(source: str, train: Examples, num_labels: int) -> str:
     return key.hexdigest()[:16]
 
 
-def _model(source: str, data: TextData, train: Examples, valid: Examples, *, say: Say) -> DeeBert:
-    if is_early_exit(source):
-        model = load(source)
-        if not isinstance(model, DeeBert):
-            raise ValueError(f"model: expected a DeeBERT checkpoint or a plain encoder, got {model.system}")
-        if model.rule.initial_state(1, model.device):
-            raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
-        return model
-    num_labels = count_outputs(data, len(train))
-    cached = embedded.cache_dir() / "heads" / _heads_key(source, train, num_labels)
+def _checkpoint(source: str) -> DeeBert:
+    model = load(source)
+    if not isinstance(model, DeeBert):
+        raise ValueError(f"model: expected a DeeBERT checkpoint or a plain encoder, got {model.system}")
+    if model.rule.initial_state(1, model.device):
+        raise ValueError(f"model: expected a rule that counts nothing from exit to exit, got {model.rule}")
+    return model
+
+
+def _with_heads(model: DeeBert, source: str, train: Examples, valid: Examples, *, say: Say) -> DeeBert:
+    """``model`` fitted, or as it was fitted before on the same rows."""
+    cached = embedded.cache_dir() / "heads" / _heads_key(source, train, model.config.num_labels)
     if (cached / "model.safetensors").is_file():
         say(f"heads from {cached}")
         return DeeBert.from_pretrained(cached)  # type: ignore[return-value]
-    model = DeeBert.from_backbone(source, num_labels=num_labels, pooling="mean")
     say(f"fitting heads on {len(train):,} rows, the backbone frozen")
     fit(model, train, valid, freeze_backbone=True, seed=_SEED)
     model.save_pretrained(cached)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ragged_exit.accelerate import accelerate
+from ragged_exit.accelerate import AcceleratedModel, accelerate
 from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.metrics import accuracy, calibration_error, pearson, spearman
 from ragged_exit.examples import Examples
@@ -20,10 +20,10 @@ class ExitQuality(NamedTuple):
     metrics: dict[str, float]
 
 
-def exit_counts(model: EarlyExitModel, examples: Examples) -> list[tuple[int, int, int, int]]:
-    """(member, layer, layers run, rows that leave there) of every exit, under the model's own rule."""
-    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
-    counts = table.under(model.rule).exit_index.bincount(minlength=len(table.exits)).tolist()
+def exit_counts(fast: AcceleratedModel, examples: Examples) -> list[tuple[int, int, int, int]]:
+    """(member, layer, layers run, rows that leave there) of every exit, under the model's rule."""
+    table = exit_table(fast, examples.sequences, examples.token_type_ids)
+    counts = table.under(fast.rule).exit_index.bincount(minlength=len(table.exits)).tolist()
     return [
         (exit_.exit_member, exit_.exit_layer, exit_.executed_layers, count)
         for exit_, count in zip(table.exits, counts, strict=True)

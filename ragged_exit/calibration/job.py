@@ -11,7 +11,7 @@ from ragged_exit.calibration.exit_table import exit_table
 from ragged_exit.calibration.guarantee import guaranteed_threshold
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.data import read_text_data
-from ragged_exit.examples import read_tokenizer, tokenise
+from ragged_exit.examples import read_tokenizer, token_limit, tokenise
 from ragged_exit.models.loading import class_names, load
 from ragged_exit.rules import ExitRule
 
@@ -41,8 +41,9 @@ def run_calibrate(
     if speedup is None and model.config.num_labels == 1:
         raise ValueError("max_loss: a regression has no right answers to lose; calibrate it for a speed-up")
     text = read_text_data(data, require_labels=False, label_names=class_names(directory))
-    examples = tokenise(read_tokenizer(directory), text, max_length=max_length)
-    table = exit_table(accelerate(model), examples.sequences, examples.token_type_ids)
+    fast, tokenizer = accelerate(model), read_tokenizer(directory)
+    examples = tokenise(tokenizer, text, max_length=token_limit(tokenizer, max_length, fast.encoders))
+    table = exit_table(fast, examples.sequences, examples.token_type_ids)
     layers = table.exits[-1].executed_layers
     if speedup is not None:
         threshold = threshold_for_layers(table, layers / speedup)

@@ -47,8 +47,7 @@ class Scorer:
             dtype=DTYPES[options.dtype],
             device=device,
         )
-        positions = min(encoder.max_positions for encoder in self.fast.encoders)
-        self.limit = min(token_limit(self.tokenizer, options.max_length), positions)
+        self.limit = token_limit(self.tokenizer, options.max_length, self.fast.encoders)
         self.regression = model.config.num_labels == 1
 
     def score(self, texts: pa.Table) -> pa.Table:
