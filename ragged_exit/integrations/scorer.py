@@ -32,7 +32,7 @@ class ScoreOptions:
 
 
 class Scorer:
-    """Holds the accelerated model. Raises ValueError for options that do not fit it."""
+    """Holds the accelerated model. Raises ValueError for options that do not fit it, and for a rule that learns."""
 
     def __init__(self, options: ScoreOptions, device: str | None = None) -> None:
         self.options = options
@@ -47,6 +47,12 @@ class Scorer:
             dtype=DTYPES[options.dtype],
             device=device,
         )
+        for stage in self.fast.executor.stages:
+            if stage.rule.learns:  # a shard's answers would depend on the shards that this process answered before
+                raise ValueError(
+                    f"model: the rule {type(stage.rule).__name__} learns as it answers, and answers would depend on "
+                    "where a run stopped; calibrate the model first, which puts a fixed threshold in its place"
+                )
         self.limit = token_limit(self.tokenizer, options.max_length, self.fast.encoders)
         self.regression = model.config.num_labels == 1
 

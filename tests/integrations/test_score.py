@@ -258,6 +258,19 @@ def test_a_call_that_failed_does_not_block_the_right_one(wrong, checkpoint, tmp_
     assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (4, 0)
 
 
+def test_a_rule_that_learns_is_refused_until_it_is_calibrated(checkpoint, tmp_path):
+    """Resumed, the bandit would start anew in the middle; on two workers there would be two."""
+    model = rx.load(checkpoint)
+    model.rule = rx.UcbMaxProb()
+    model.save_pretrained(checkpoint)
+    source = write(tmp_path / "in.jsonl", texts(40))
+    with pytest.raises(ValueError, match="model: the rule UcbMaxProb learns as it answers.*calibrate the model first"):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv")
+    result = CliRunner().invoke(app, ["calibrate", str(checkpoint), str(source), "--speedup", "1.2"])
+    assert result.exit_code == 0, result.output
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (40, 0)
+
+
 @pytest.mark.parametrize("name", ["precious.txt", "run.json"])
 def test_a_folder_that_is_not_ours_is_refused_and_stays(name, checkpoint, tmp_path):
     precious = tmp_path / "out.csv.parts" / name
