@@ -167,7 +167,10 @@ def score(
     threshold: Annotated[float | None, typer.Option(help="(default: the checkpoint's)")] = None,
     patience: Annotated[int | None, typer.Option(help="(default: the checkpoint's)")] = None,
     text: Annotated[str, typer.Option(help="column of the texts")] = "text",
-    text2: Annotated[str | None, typer.Option(help="column of the second texts of pairs")] = None,
+    text2: Annotated[
+        str | None,
+        typer.Option(help="column of the second texts of pairs (default: text2 or sentence2, if it is there)"),
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="fp32 or bf16")] = DType.fp32,
     max_length: Annotated[int | None, typer.Option(min=2, help=MAX_LENGTH_HELP)] = None,
     token_budget: Annotated[int, typer.Option(min=1, help="tokens a batch")] = TOKEN_BUDGET,

@@ -81,7 +81,8 @@ def read_text_data(
     """Reads a .csv, .tsv, .jsonl or .parquet file with a header (or field names) into `TextData`.
 
     text: column of the texts. If it is the default and missing, the first of `sentence`, `text1`, `sentence1` is taken.
-    text2: column of the second texts of pairs. None: the partner of the text column (`text2`, `sentence2`), if present.
+    text2: column of the second texts of pairs. None: the partner of the text column (`sentence2` of `sentence` and
+        `sentence1`, `text2` of any other), if it is present and another column.
     label: integers are kept as they are; floats are regression targets, unless every one is a whole number, then
         they are classes too; strings and booleans become indices into their sorted distinct values (`label_names`),
         unless every string is a number, then they are those numbers, in every format. None: labels are not read.
@@ -121,7 +122,7 @@ def text_columns(names: Sequence[str], text: str = "text", text2: str | None = N
     """The columns of the texts and of their partners (or None) among ``names``, as `read_text_data` chooses them."""
     if text == "text" and text not in names:
         text = next((name for name in _PARTNER if name in names), text)
-    if text2 is None and (partner := _PARTNER.get(text, "text2")) in names:
+    if text2 is None and (partner := _PARTNER.get(text, "text2")) in names and partner != text:
         text2 = partner
     return text, text2
 
@@ -167,10 +168,11 @@ def split_by_hash(ids: Iterable[str], fractions: Sequence[float] = (0.70, 0.15, 
 def json_lines(path: Path, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every object of a .jsonl file with its line, counted from 1; blank lines are skipped. options: JSONDecoder's.
 
-    Arrow's reader would turn strings that look like dates into dates, and large integers into floats. Raises
-    ValueError, naming file and line, for a line that is no object.
+    NaN and Infinity, which JSON does not have and others write for a missing value, are null. Arrow's reader would
+    turn strings that look like dates into dates, and large integers into floats. Raises ValueError, naming file and
+    line, for a line that is no object.
     """
-    decode = json.JSONDecoder(**options).decode
+    decode = json.JSONDecoder(parse_constant=lambda constant: None, **options).decode
     number = 0
     try:
         with path.open("rb") as file:

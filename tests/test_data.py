@@ -102,6 +102,8 @@ def test_label_types(tmp_path, column, labels, names):
         (["sentence", "text", "label"], {}, "text", None),
         (["body", "text", "label"], {"text": "body"}, "body", None),
         (["body", "text2", "label"], {"text": "body"}, "body", "text2"),
+        (["text", "text2", "label"], {"text": "text2"}, "text2", None),
+        (["sentence1", "sentence2", "label"], {"text": "sentence2"}, "sentence2", None),
         (["text", "text2", "other", "label"], {"text2": "other"}, "text", "other"),
     ],
 )
@@ -245,6 +247,8 @@ def test_labels_may_be_absent_only_on_request(tmp_path, suffix):
         ("a.jsonl", '{"text": "a", "label": 1}\n{"label": 1}\n', "column 'text' has no value in row 2"),
         ("a.csv", "text,label\na,1\nb,nan\n", "finite numbers, got nan in row 2"),
         ("a.csv", "body,label\na,1\n", r"column 'text' is missing.*\['body', 'label'\]"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": NaN, "label": 1}\n', "column 'text' has no value in row 2"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": -Infinity}\n', "'label' has no value in row 2"),
         ("a.csv", "text,text,label\na,b,1\n", "column 'text' is there 2 times"),
         ("a.csv", "text,label\na,1,extra\n", "not readable as csv.*Expected 2 columns, got 3"),
         ("a.csv", "text,label\n\udce9,1\n", "not readable as csv.*UTF8"),

@@ -132,7 +132,7 @@ def _read_jsonl(source: Path, text: str, text2: str | None, block_size: int) -> 
     columns = _columns(source, names, text, text2)
     rows: list[list[str | None]] = []
     size = 0
-    for _, row in json_lines(source, parse_int=str, parse_float=str, parse_constant=str):
+    for _, row in json_lines(source, parse_int=str, parse_float=str):
         rows.append([as_written(row.get(column)) for column in columns.values()])
         size += sum(len(cell or "") for cell in rows[-1])
         if size >= block_size or len(rows) == SHARD_ROWS:

@@ -110,6 +110,22 @@ def test_a_missing_text_is_reported_and_the_others_answered(checkpoint, tmp_path
     assert second["id"] == "1" and second["error"] == "text: expected a string, got null" and second["label"] is None
 
 
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_what_json_does_not_have_is_a_missing_text(constant, checkpoint, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"text": "good film"}}\n{{"text": {constant}}}\n')
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (2, 1)
+    assert read(tmp_path / "out.jsonl")[1]["error"] == "text: expected a string, got null"
+
+
+def test_a_column_is_not_its_own_partner(checkpoint, tmp_path):
+    first, second = texts(20, 1), texts(20, 2)
+    source = write(tmp_path / "in.csv", first, text2=second)
+    score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.parquet", text="text2")
+    score_file(ScoreOptions(str(checkpoint)), write(tmp_path / "second.csv", second), tmp_path / "wanted.parquet")
+    assert read(tmp_path / "out.parquet") == read(tmp_path / "wanted.parquet")
+
+
 def shards_of(source, folder, **options) -> list[dict]:
     folder.mkdir()
     paths = split(source, folder, "text", None, **options)
@@ -264,7 +280,7 @@ def test_a_rule_that_learns_is_refused_until_it_is_calibrated(checkpoint, tmp_pa
     model.rule = rx.UcbMaxProb()
     model.save_pretrained(checkpoint)
     source = write(tmp_path / "in.jsonl", texts(40))
-    with pytest.raises(ValueError, match="model: the rule UcbMaxProb learns as it answers.*calibrate the model first"):
+    with pytest.raises(ValueError, match=r"model: the rule UcbMaxProb learns as it answers.*calibrate the model first"):
         score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv")
     result = CliRunner().invoke(app, ["calibrate", str(checkpoint), str(source), "--speedup", "1.2"])
     assert result.exit_code == 0, result.output
