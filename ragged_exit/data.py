@@ -108,7 +108,7 @@ def read_text_data(
     labels, names_found = None, None
     if label is not None and (require_labels or label in names):
         labels, names_found = _labels(path, label, _column(path, table, label), label_names)
-    ids = _column(path, table, _ID).cast(pa.string()).to_pylist() if _ID in names else map(str, range(table.num_rows))
+    ids = _written(path, _ID, _column(path, table, _ID)) if _ID in names else map(str, range(table.num_rows))
     return TextData(
         texts=_strings(path, table, text),
         text_pairs=None if text2 is None else _strings(path, table, text2),
@@ -252,7 +252,7 @@ def _read_jsonl(path: Path, wanted: set[str]) -> pa.Table:
 
 
 def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
-    """The column, free of nulls."""
+    """The column, free of nulls and of what is no UTF-8."""
     count = table.column_names.count(name)
     if count != 1:
         problem = "missing" if count == 0 else f"there {count} times"
@@ -261,6 +261,10 @@ def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     if column.null_count:
         row = column.is_null().index(True).as_py() + 1
         raise ValueError(f"{path}: column {name!r} has no value in row {row} ({column.null_count} such rows in all)")
+    try:
+        column.validate(full=True)  # Arrow reads strings from parquet without a look at them
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: column {name!r} is not readable: {error}") from error
     return column
 
 
@@ -278,7 +282,7 @@ def _labels(
     """Labels and, where the classes have names, those."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    written = None if _is_real(column) else _label_texts(path, name, column)
+    written = None if _is_real(column) else _written(path, name, column)
     if known and written is not None and set(written) <= set(known):
         return _indices(written, known), list(known)
     if _is_text(column.type):
@@ -310,7 +314,7 @@ def _is_real(column: pa.ChunkedArray) -> bool:
     return pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
 
 
-def _label_texts(path: Path, name: str, column: pa.ChunkedArray) -> list[str]:
+def _written(path: Path, name: str, column: pa.ChunkedArray) -> list[str]:
     try:
         return column.cast(pa.string()).to_pylist()
     except pa.ArrowException as error:

@@ -276,6 +276,29 @@ def test_bad_files_are_named_with_the_reason(tmp_path, name, content, message):
     assert str(path) in str(error.value)
 
 
+def no_utf8(kind):
+    return pa.array([b"good", b"\xff\xfe"]).cast(kind, safe=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("text", no_utf8(pa.string()), "column 'text' is not readable: .*string index 1"),
+        ("id", no_utf8(pa.large_string()), "column 'id' is not readable: .*string index 1"),
+        ("label", no_utf8(pa.string()), "column 'label' is not readable: .*string index 1"),
+        ("id", no_utf8(pa.binary()), "column 'id' must hold numbers or strings, got binary"),
+        ("id", pa.array([[1], [2]]), "column 'id' must hold numbers or strings, got list"),
+        ("id", pa.array([{"a": 1}, {"a": 2}]), "column 'id' must hold numbers or strings, got struct"),
+    ],
+)
+def test_parquet_columns_that_are_no_text(tmp_path, name, column, message):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x", "y"], "label": [0, 1]} | {name: column}), path)
+    with pytest.raises(ValueError, match=message) as error:
+        read_text_data(path)
+    assert str(path) in str(error.value)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_text_data(tmp_path / "a.csv")

@@ -13,6 +13,7 @@ from ragged_exit.examples import read_tokenizer, token_limit
 from ragged_exit.models.loading import load
 from ragged_exit.scheduler import TOKEN_BUDGET
 
+_NO_TEXT = "expected a string, got null, a list, an object or bytes that are not UTF-8"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -98,10 +99,10 @@ class Scorer:
 
 
 def _missing(texts: pa.Table) -> list[str | None]:
-    """What is wrong with the rows that have a null for a text."""
+    """What is wrong with the rows that have no text: ``split`` makes null of what is none."""
     names = [name for name in ("text", "text2") if name in texts.column_names]
     rows = zip(*(texts.column(name).is_valid().to_pylist() for name in names), strict=True)
-    return [None if all(row) else f"{names[row.index(False)]}: expected a string, got null" for row in rows]
+    return [None if all(row) else f"{names[row.index(False)]}: {_NO_TEXT}" for row in rows]
 
 
 def _answer(row: RowResult, regression: bool) -> float | int | None:

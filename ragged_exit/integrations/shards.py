@@ -37,7 +37,8 @@ def split(source: Path, folder: Path, text: str, text2: str | None, *, shard_row
     """Write the rows of ``source`` to ``folder`` as shards with the columns id, text[, text2]; their paths in order.
 
     Reads a block at a time. id is the column of that name, else the row's position. Texts and ids stay as they are
-    written. Raises ValueError for a column that is not there, or a file that cannot be read.
+    written; what is no text (a list or object in jsonl, bytes that are not UTF-8 in parquet) is null. Raises ValueError
+    for a column that is not there, or a file that cannot be read.
     """
     block_size = 1 << 20
     while True:
@@ -120,8 +121,28 @@ def _read_dataset(source: Path, text: str, text2: str | None, block_size: int) -
     names = pa.dataset.dataset(source, format=_format(source, (), block_size)).schema.names
     columns = _columns(source, names, text, text2)
     table = pa.dataset.dataset(source, format=_format(source, columns.values(), block_size))
-    wanted = {name: pa.dataset.field(column).cast(pa.string()) for name, column in columns.items()}
-    yield from table.to_batches(columns=wanted)
+    wanted = {name: pa.dataset.field(column) for name, column in columns.items()}
+    for batch in table.to_batches(columns=wanted):
+        yield pa.record_batch({name: _strings(name, batch.column(name)) for name in columns})
+
+
+def _strings(name: str, cells: pa.Array) -> pa.Array:
+    """As strings. Bytes that are not UTF-8 are null in a text; in an id they raise ArrowInvalid, and lists anywhere."""
+    try:
+        strings = cells.cast(pa.string())
+        strings.validate(full=True)  # Arrow reads strings from parquet without a look at them
+        return strings
+    except pa.ArrowException as error:
+        if name == "id" or not isinstance(error, pa.ArrowInvalid):
+            raise pa.ArrowInvalid(f"column {name!r}: {error}") from error
+        return pa.array([_decoded(cell) for cell in cells.cast(pa.binary()).to_pylist()], pa.string())
+
+
+def _decoded(cell: bytes | None) -> str | None:
+    try:
+        return None if cell is None else cell.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _read_jsonl(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
@@ -133,13 +154,18 @@ def _read_jsonl(source: Path, text: str, text2: str | None, block_size: int) -> 
     rows: list[list[str | None]] = []
     size = 0
     for _, row in json_lines(source, parse_int=str, parse_float=str):
-        rows.append([as_written(row.get(column)) for column in columns.values()])
+        rows.append([_cell(name, row.get(column)) for name, column in columns.items()])
         size += sum(len(cell or "") for cell in rows[-1])
         if size >= block_size or len(rows) == SHARD_ROWS:
             yield _batch(columns, rows)
             rows, size = [], 0
     if rows:
         yield _batch(columns, rows)
+
+
+def _cell(name: str, value: Any) -> str | None:
+    """A text that is a list or an object is null; such an id raises ArrowTypeError."""
+    return None if name != "id" and isinstance(value, list | dict) else as_written(value)
 
 
 def _batch(names: Iterable[str], rows: list[list[str | None]]) -> pa.RecordBatch:

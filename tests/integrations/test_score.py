@@ -24,6 +24,9 @@ from ragged_exit.integrations.score import score_file
 from ragged_exit.integrations.scorer import ScoreOptions
 from ragged_exit.integrations.shards import split
 
+NO_TEXT = "text: expected a string, got null, a list, an object or bytes that are not UTF-8"
+NO_UTF8 = pa.array([b"good", b"\xff\xfe", None, b"bad"])
+
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -107,7 +110,29 @@ def test_a_missing_text_is_reported_and_the_others_answered(checkpoint, tmp_path
     assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (3, 1)
     first, second, third = read(tmp_path / "out.jsonl")
     assert first["error"] is None and third["error"] is None and third["label"] in (0, 1)
-    assert second["id"] == "1" and second["error"] == "text: expected a string, got null" and second["label"] is None
+    assert second["id"] == "1" and second["error"] == NO_TEXT and second["label"] is None
+
+
+def test_a_text_that_is_none_does_not_stop_the_others(checkpoint, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "good film"}\n{"text": ["a"]}\n{"text": {"a": 1}}\n{"text": "bad"}\n')
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (4, 2)
+    assert [row["error"] for row in read(tmp_path / "out.jsonl")] == [None, NO_TEXT, NO_TEXT, None]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), "dictionary"], ids=str)
+def test_bytes_that_are_no_text_do_not_stop_the_others(kind, checkpoint, tmp_path):
+    cells = NO_UTF8.dictionary_encode() if kind == "dictionary" else NO_UTF8.cast(kind, safe=False)
+    pa.parquet.write_table(pa.table({"text": cells}), tmp_path / "in.parquet")
+    assert score_file(ScoreOptions(str(checkpoint)), tmp_path / "in.parquet", tmp_path / "out.jsonl") == (4, 2)
+    assert [row["error"] for row in read(tmp_path / "out.jsonl")] == [None, NO_TEXT, NO_TEXT, None]
+
+
+@pytest.mark.parametrize("ids", [NO_UTF8, pa.array([[1], [2], [3], [4]])], ids=["bytes", "lists"])
+def test_an_id_that_is_no_text_is_refused(ids, checkpoint, tmp_path):
+    pa.parquet.write_table(pa.table({"text": list("abcd"), "id": ids}), tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match=r"in.parquet: not readable: column 'id': "):
+        score_file(ScoreOptions(str(checkpoint)), tmp_path / "in.parquet", tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
@@ -115,7 +140,7 @@ def test_what_json_does_not_have_is_a_missing_text(constant, checkpoint, tmp_pat
     source = tmp_path / "in.jsonl"
     source.write_text(f'{{"text": "good film"}}\n{{"text": {constant}}}\n')
     assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (2, 1)
-    assert read(tmp_path / "out.jsonl")[1]["error"] == "text: expected a string, got null"
+    assert read(tmp_path / "out.jsonl")[1]["error"] == NO_TEXT
 
 
 def test_a_column_is_not_its_own_partner(checkpoint, tmp_path):
@@ -196,7 +221,7 @@ def test_ids_are_read_back_exactly(suffix, checkpoint, tmp_path):
     again = split(out, tmp_path / "again", "id", "error")
     assert [row["id"] for row in pa.parquet.read_table(again[0]).to_pylist()] == ids
     errors = [row["text2"] for row in pa.parquet.read_table(again[0]).to_pylist()]
-    assert errors == [None] * 6 + ["text: expected a string, got null"]
+    assert errors == [None] * 6 + [NO_TEXT]
 
 
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\rb", ""])
