@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from cli_cases import save_reviews
 from score_cases import save_checkpoint, texts
 from tiny import one_thread  # noqa: F401  (autouse)
 from typer.testing import CliRunner
@@ -115,14 +117,57 @@ def test_a_checkpoint_that_is_not_whole_is_one_clear_line(checkpoint, data):
     assert code == 2 and "model.safetensors" in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize("command", ["inspect", "calibrate", "bench", "score"])
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"rule": {}}, "rule: expected one of"), ({"colour": "red"}, "early_exit: .*colour")]
+    ("content", "message"),
+    [('{"a": ', "not readable as json: Expecting value"), ("[]", "expected an object, got list")],
+)
+def test_a_broken_config_is_named(command, content, message, checkpoint, data, tmp_path):
+    (checkpoint / "config.json").write_text(content)
+    arguments = {"bench": ("--model", checkpoint, "--data", data), "score": (checkpoint, data, tmp_path / "out.csv")}
+    code, output = run(command, *arguments.get(command, (checkpoint, data)))
+    assert code == 2 and f"model/config.json: {message}" in output
+
+
+def saved_weights(path: Path, zipped: bool, cut: int) -> bytes:
+    torch.save({"bert.weight": torch.ones(1000)}, path, _use_new_zipfile_serialization=zipped)
+    return path.read_bytes()[:cut]
+
+
+def test_a_weights_file_that_is_not_whole_is_named(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["early_exit"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "model.safetensors").unlink()
+    weights = checkpoint / "pytorch_model.bin"
+    reviews = save_reviews(tmp_path / "reviews.csv")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 438012345\n"
+    for content in (pointer, b"", saved_weights(weights, True, 2000), saved_weights(weights, False, 2000)):
+        weights.write_bytes(content)
+        for command in (("inspect", checkpoint), ("bench", "--model", checkpoint, "--data", reviews)):
+            code, output = run(*command)
+            assert code == 2 and "model/pytorch_model.bin: expected a dict of tensors" in output
+    torch.save([torch.ones(1)], weights)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected a dict of tensors, got list"):
+        rx.load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": {}}, "rule: expected one of"),
+        ({"rule": None}, "early_exit.rule: expected an object, got None"),
+        ({"rule": {"name": "Entropy", "threshold": "x"}}, "early_exit: threshold: expected a number"),
+        ({"colour": "red"}, "early_exit: .*colour"),
+        ({"system": "deeberd"}, "early_exit.system: expected one of"),
+        ([], r"early_exit: expected an object, got \[\]"),
+    ],
 )
 def test_a_section_that_is_not_ours_is_named(changes, message, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
-    config["early_exit"] |= changes
+    config["early_exit"] = config["early_exit"] | changes if changes else changes
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
         rx.load(checkpoint)
 
 

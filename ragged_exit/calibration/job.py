@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.calibration.exit_table import exit_table
@@ -12,7 +12,7 @@ from ragged_exit.calibration.guarantee import guaranteed_threshold
 from ragged_exit.calibration.threshold import threshold_for_layers
 from ragged_exit.data import read_text_data
 from ragged_exit.examples import read_tokenizer, token_limit, tokenise
-from ragged_exit.models.loading import class_names, load
+from ragged_exit.models.loading import class_names, load, read_config
 from ragged_exit.rules import ExitRule
 
 
@@ -33,7 +33,7 @@ def run_calibrate(
     guarantee on a regression, for string labels that are not among the names of the checkpoint's classes, and for a
     published checkpoint, whose config.json has no section of ours to hold a rule.
     """
-    if "early_exit" not in _read_config(directory):
+    if read_config(directory).get("early_exit") is None:
         raise ValueError(f"model: {directory} is a published checkpoint; load and save_pretrained it first")
     if speedup is not None and not speedup >= 1:
         raise ValueError(f"speedup: expected at least 1, got {speedup}")
@@ -71,15 +71,8 @@ def run_calibrate(
     return Calibrated(rule, verdict)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected {path}")
-    return json.loads(path.read_text())
-
-
 def _save_rule(directory: Path, rule: ExitRule) -> None:
-    path, config = directory / "config.json", _read_config(directory)
+    path, config = directory / "config.json", read_config(directory)
     config["early_exit"]["rule"] = rule.to_dict()
     scratch = path.with_name(".config.json")
     scratch.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

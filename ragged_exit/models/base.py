@@ -191,16 +191,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitModel:
-    """A model with random weights from what ``section`` wrote and its backbone's config."""
+    """A model with random weights from what ``section`` wrote and its backbone's config.
+
+    Raises ValueError, naming the field, for a section that ``section`` would not have written.
+    """
+    if not isinstance(section, dict):
+        raise ValueError(f"early_exit: expected an object, got {section!r}")
     options = dict(section)
     system = options.pop("system", None)
     if system not in SYSTEMS:
         raise ValueError(f"early_exit.system: expected one of {sorted(SYSTEMS)}, got {system!r}")
-    rule = rule_from_dict(options.pop("rule", {}))
+    rule = options.pop("rule", {})
+    if not isinstance(rule, dict):
+        raise ValueError(f"early_exit.rule: expected an object, got {rule!r}")
     config = config_from_dict(saved_config)
     try:
-        return SYSTEMS[system](config, rule=rule, **options)
-    except TypeError as error:  # an option that it does not take
+        return SYSTEMS[system](config, rule=rule_from_dict(rule), **options)
+    except TypeError as error:  # an option that it does not take, or a value of another type
         raise ValueError(f"early_exit: {error}") from error
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
-from ragged_exit.models.base import SYSTEMS, WEIGHTS_FILE, EarlyExitModel, load_strictly, read_weights
+from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, build, load_strictly, read_weights
 from ragged_exit.models.published import detect_layout, rename_keys
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
@@ -23,19 +25,19 @@ def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
     The system comes from config.json's ``early_exit`` section, or for published files from their keys; these get the
     original code's behaviour, with the entropy formula of ``dialect`` ("hf" or "castorini").
 
-    Raises FileNotFoundError for a file that is not there, ValueError for an unknown system or layout, and for missing
-    or unexpected keys (all listed).
+    Raises FileNotFoundError for a file that is not there, ValueError for a file that is broken, an unknown system or
+    layout, and for missing or unexpected keys (all listed).
     """
     path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"directory: expected {path}/config.json")
-    saved = json.loads((path / "config.json").read_text())
+    saved = read_config(path)
     section = saved.get("early_exit")
     if section is not None:
-        system = section.get("system")
-        if system not in SYSTEMS:
-            raise ValueError(f"{path}: early_exit.system: expected one of {sorted(SYSTEMS)}, got {system!r}")
-        return SYSTEMS[system].from_pretrained(path)
+        try:
+            model = build(section, saved)
+        except ValueError as error:
+            raise ValueError(f"{path}/config.json: {error}") from error
+        load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
+        return model.eval()
     state = read_state(path)
     layout = detect_layout(state)
     if layout is None:
@@ -57,7 +59,7 @@ def is_early_exit(source: str | Path) -> bool:
     path = Path(source)
     if not (path / "config.json").is_file():
         return False
-    if "early_exit" in json.loads((path / "config.json").read_text()):
+    if read_config(path).get("early_exit") is not None:
         return True
     try:
         return detect_layout(read_state(path)) is not None
@@ -67,14 +69,44 @@ def is_early_exit(source: str | Path) -> bool:
 
 def class_names(directory: str | Path) -> list[str]:
     """The names of a checkpoint's classes, in the order of their numbers; empty where config.json has none."""
-    names = json.loads((Path(directory) / "config.json").read_text()).get("id2label") or {}
+    names = read_config(Path(directory)).get("id2label") or {}
     return [names[label] for label in sorted(names, key=int)]
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises FileNotFoundError without one, ValueError for one that holds no object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: expected {path}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as json: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint directory. Never runs code from the file."""
+    """The tensors of a checkpoint directory. Never runs code from the file.
+
+    Raises FileNotFoundError where there are none, ValueError for a file that is not whole.
+    """
     if (path / WEIGHTS_FILE).is_file():
         return read_weights(path / WEIGHTS_FILE)
     if (path / "pytorch_model.bin").is_file():
-        return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        return _read_bin(path / "pytorch_model.bin")
     raise FileNotFoundError(f"directory: expected {WEIGHTS_FILE} or pytorch_model.bin in {path}")
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:  # torch's own words advise to run code from the file
+        raise ValueError(
+            f"{path}: expected a dict of tensors as torch.save writes it; "
+            "the file is cut short, is something else (a git-lfs pointer, say) or holds more than tensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")
+    return state
