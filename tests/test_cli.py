@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import ragged_exit as rx
+from ragged_exit import embedded
 from ragged_exit.bench import default
 from ragged_exit.bench.compare import compare
 from ragged_exit.cli import app
@@ -154,6 +156,30 @@ def test_bench_takes_the_heads_of_a_published_checkpoint(tmp_path):
 def test_bench_refuses_a_rule_that_counts(reviews, tmp_path):
     code, output = run("--model", own_checkpoint(tmp_path / "model", rx.Patience(1)), "--data", reviews)
     assert code == 2 and "model: expected a rule that counts nothing" in output
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bench_refuses_too_few_rows(rows, fitted, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAGGED_EXIT_CACHE", str(tmp_path / "cache"))
+    model = own_checkpoint(tmp_path / "model", rx.Entropy(0.1)) if fitted else save_encoder(tmp_path / "model")
+    code, output = run("--model", model, "--data", save_reviews(tmp_path / "reviews.csv", rows))
+    told = f"data: {rows} rows are too few for training, validation and test parts"
+    assert code == 2 and told in " ".join(output.split())
+
+
+def test_bench_refuses_classes_that_a_checkpoint_does_not_have(reviews, tmp_path):
+    reviews.write_text(reviews.read_text().replace(",1\n", ",7\n"))
+    code, output = run("--model", own_checkpoint(tmp_path / "model", rx.Entropy(0.1)), "--data", reviews)
+    assert code == 2 and "labels: expected classes 0 to 1, got 0 to 7" in output
+
+
+def test_bench_without_its_package_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAGGED_EXIT_CACHE", str(tmp_path / "cache"))
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no route to host")
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *arguments, **options: failed)
+    code, output = run()
+    assert code == 2 and "error could not fetch vaderSentiment" in output and "no route to host" in output
 
 
 @pytest.mark.parametrize(

