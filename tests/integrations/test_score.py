@@ -200,7 +200,7 @@ def test_shards_of_long_texts_have_fewer_rows(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ('{"text": "a"}\n{broken\n', "not readable as jsonl: line 2"),
-        ('{"text": ["a"]}\n', "not readable: expected a string or a number, got"),
+        ('{"text": "a", "id": ["a"]}\n', "not readable: expected a string or a number, got"),
         ('{"words": "a"}\n', "no column 'text'; the file has the columns .'words'"),
         ("", "no rows"),
     ],
