@@ -12,7 +12,7 @@ from transformers import set_seed
 from ragged_exit.backbones import backbone_weights
 from ragged_exit.claims import read_claim, write_claim
 from ragged_exit.data import count_outputs, read_text_data, split_by_hash
-from ragged_exit.examples import Examples, read_tokenizer, tokenise
+from ragged_exit.examples import Examples, read_tokenizer, token_limit, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
 from ragged_exit.models.cascade import CascadeBert
 from ragged_exit.models.full_depth import FullDepth
@@ -78,7 +78,8 @@ def run_fit(
     tokenizer = read_tokenizer(source)
     set_seed(seed)
     model = _build(system, source, members, num_labels, pooling)
-    limit = min(max_length, _max_positions(model))
+    encoders: Any = model.members if isinstance(model, CascadeBert) else [model]
+    limit = token_limit(tokenizer, max_length, [backbone_weights(encoder.backbone) for encoder in encoders])
     train, valid = (tokenise(tokenizer, part, max_length=limit) for part in parts)
     if text.label_names is not None:
         model.config.id2label = dict(enumerate(text.label_names))
@@ -121,8 +122,3 @@ def new_model(system: str, source: str | Path, num_labels: int, pooling: str) ->
     assert issubclass(factory, LayeredModel)
     pooled: dict[str, Any] = {} if system == "fastbert" else {"pooling": pooling}  # its heads see all tokens
     return factory.from_backbone(source, num_labels=num_labels, **pooled)
-
-
-def _max_positions(model: EarlyExitModel) -> int:
-    members: Any = model.members if isinstance(model, CascadeBert) else [model]
-    return min(backbone_weights(member.backbone).max_positions for member in members)
