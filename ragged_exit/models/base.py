@@ -173,13 +173,27 @@ class EarlyExitModel(nn.Module):
         Raises ValueError when the directory holds another system, or keys are missing or unexpected (all listed).
         """
         path = Path(directory)
-        saved = json.loads((path / "config.json").read_text())
-        section = saved.get("early_exit") or {}
-        if section.get("system") != cls.system:
+        saved = read_config(path)
+        section = saved.get("early_exit")
+        if not isinstance(section, dict) or section.get("system") != cls.system:
             raise ValueError(f'{path}: expected a config.json with early_exit.system = "{cls.system}"')
         model = build(section, saved)
         load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
         return model.eval()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises FileNotFoundError without one, ValueError for one that holds no object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: expected {path}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as json: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -199,7 +213,7 @@ def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitMod
         raise ValueError(f"early_exit: expected an object, got {section!r}")
     options = dict(section)
     system = options.pop("system", None)
-    if system not in SYSTEMS:
+    if not isinstance(system, str) or system not in SYSTEMS:
         raise ValueError(f"early_exit.system: expected one of {sorted(SYSTEMS)}, got {system!r}")
     rule = options.pop("rule", {})
     if not isinstance(rule, dict):

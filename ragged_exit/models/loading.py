@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor
 
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
-from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, build, load_strictly, read_weights
+from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, build, load_strictly, read_config, read_weights
 from ragged_exit.models.published import detect_layout, rename_keys
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
@@ -71,20 +69,6 @@ def class_names(directory: str | Path) -> list[str]:
     """The names of a checkpoint's classes, in the order of their numbers; empty where config.json has none."""
     names = read_config(Path(directory)).get("id2label") or {}
     return [names[label] for label in sorted(names, key=int)]
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises FileNotFoundError without one, ValueError for one that holds no object."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"directory: expected {path}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as json: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
-    return config
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
