@@ -248,15 +248,21 @@ class RaggedBatch:
 
     @classmethod
     def merge(cls, parts: Sequence[RaggedBatch], hidden: Tensor | None = None) -> RaggedBatch:
-        """The live rows of all ``parts`` (with the same fields and state) one after the other.
+        """The live rows of all ``parts`` one after the other; token types are 0 where some parts have none.
 
-        hidden: their hidden states ``[tokens, H]``, which already lie so. ``seqlens`` must be the truth.
+        hidden: their hidden states ``[tokens, H]``, which already lie so. ``seqlens`` must be the truth. Raises
+        ValueError for parts with other row state than the first.
         """
         first = parts[0]
+        for part in parts:
+            if part.state.keys() != first.state.keys():
+                raise ValueError(f"parts: expected the row state {sorted(first.state)}, got {sorted(part.state)}")
+        if any(part.token_type_ids is not None for part in parts):
+            parts = [part if part.token_type_ids is not None else part._with_types() for part in parts]
         tokens = {
             name: torch.cat([getattr(part, name)[: part.tokens] for part in parts])
             for name in TOKEN_FIELDS[1:]
-            if getattr(first, name) is not None
+            if getattr(parts[0], name) is not None
         }
         return cls._of(
             torch.cat([part.seqlens for part in parts]),
@@ -267,6 +273,11 @@ class RaggedBatch:
             state={name: torch.cat([part.state[name][: part.rows] for part in parts]) for name in first.state},
             **tokens,
         )
+
+    def _with_types(self) -> RaggedBatch:
+        """The same rows with token types of 0, which is what a backbone takes where there are none."""
+        assert self.input_ids is not None
+        return replace(self, token_type_ids=torch.zeros_like(self.input_ids))
 
     def with_hidden(self, hidden: Tensor) -> RaggedBatch:
         """The same rows with other hidden states."""

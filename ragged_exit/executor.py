@@ -162,12 +162,20 @@ class RaggedExecutor:
         return [batch.part(0, half), batch.part(half, batch.rows)]
 
     def launch(
-        self, number: int, batch: RaggedBatch, on_decision: Callable[[ExitDecision], None] | None = None
+        self,
+        number: int,
+        batch: RaggedBatch,
+        on_decision: Callable[[ExitDecision], None] | None = None,
+        *,
+        first_id: int = 0,
     ) -> Launched:
-        """Queue stage ``number`` on the rows that wait before it. Nothing is read from the device."""
+        """Queue stage ``number`` on the rows that wait before it. Nothing is read from the device.
+
+        first_id: what was added to the ``sample_ids`` with which the caller's batch came, as rules see them.
+        """
         stage, thresholds = self.stages[number], None
         if number == 0 or stage.rule is not self.stages[number - 1].rule:
-            batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0)
+            batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0, first_id=first_id)
         if stage.restart:
             batch = stage.encoder.embed(batch, self.buffers)
         if not self._keeps_ids[number] and batch.input_ids is not None:
@@ -239,7 +247,9 @@ class Lesson:
         self.rule.learn(self.thresholds, scores, last)
 
 
-def _adopt(rule: ExitRule, batch: RaggedBatch, *, keep_thresholds: bool) -> tuple[RaggedBatch, Tensor | None]:
+def _adopt(
+    rule: ExitRule, batch: RaggedBatch, *, keep_thresholds: bool, first_id: int
+) -> tuple[RaggedBatch, Tensor | None]:
     """Give the live rows what ``rule`` starts with: state, and thresholds unless the caller brought some.
 
     Also those thresholds f32 ``[rows]``, on the host, where the rule chose them and learns.
@@ -247,7 +257,7 @@ def _adopt(rule: ExitRule, batch: RaggedBatch, *, keep_thresholds: bool) -> tupl
     state = batch.state | rule.initial_state(batch.row_capacity, batch.device)
     if not keep_thresholds:
         state.pop("threshold", None)
-    chosen = None if "threshold" in state else rule.start(batch.sample_ids[: batch.rows])
+    chosen = None if "threshold" in state else rule.start(batch.sample_ids[: batch.rows] - first_id)
     if chosen is not None:
         chosen = chosen.to(device="cpu", dtype=torch.float32)
         state["threshold"] = to_device(F.pad(chosen, (0, batch.row_capacity - batch.rows)), batch.device)

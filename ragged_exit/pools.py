@@ -128,9 +128,11 @@ class SurvivorPools:
     def put(self, batch: RaggedBatch) -> list[Finished]:
         """Run the first stage of ``batch`` (before its embeddings; sample_ids 0 ... B - 1), then every full pool."""
         self._cohorts[self._entered] = _Cohort(self._rows, batch.rows)
-        batch = replace(batch, sample_ids=batch.sample_ids + self._rows)
+        first_id = self._rows
         self._rows += batch.rows
-        finished = self._run(0, self._entered, batch)
+        finished = self._run(
+            0, self._entered, replace(batch, sample_ids=batch.sample_ids + first_id), first_id=first_id
+        )
         self._entered += 1
         while True:
             if (stage := self._due()) is not None:
@@ -171,12 +173,14 @@ class SurvivorPools:
         filling = self._pools[number].fillings.popleft()
         return self._run(number, filling.entered, filling.batch(), filling.hidden)
 
-    def _run(self, number: int, entered: int, batch: RaggedBatch, buffer: Tensor | None = None) -> list[Finished]:
+    def _run(
+        self, number: int, entered: int, batch: RaggedBatch, buffer: Tensor | None = None, first_id: int = 0
+    ) -> list[Finished]:
         """Queue one stage on a batch whose oldest row came with batch number ``entered``; read what is due.
 
         buffer: where the batch's hidden states are, from its beginning, if it has any.
         """
-        launched = self.executor.launch(number, batch)
+        launched = self.executor.launch(number, batch, first_id=first_id)
         if buffer is None or self.executor.stages[number].restart:  # then they are fresh from the embeddings
             assert launched.batch.hidden is not None
             buffer = launched.batch.hidden

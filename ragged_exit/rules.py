@@ -121,7 +121,7 @@ class ExitRule:
         return {}
 
     def start(self, sample_ids: Tensor) -> Tensor | None:
-        """Called once a batch before the first layer; may return thresholds f32 ``[rows]`` for these rows."""
+        """Called once a batch before the first layer; may give thresholds f32 ``[rows]``, to every batch or to none."""
         return None
 
     def learn(self, thresholds: Tensor, scores: Tensor, exit_index: Tensor) -> None:

@@ -154,14 +154,17 @@ def test_merging_changes_no_answer_of_any_system(case, impl):
 
 
 @pytest.mark.parametrize("impl", impls())
-def test_rows_that_wait_for_a_restart_start_again_together(impl, monkeypatch):
-    """A cascade's next member begins with the token ids and types of rows of many batches."""
+@pytest.mark.parametrize("typed", [{0, 1}, {0}, {1}], ids=["all", "even", "odd"])
+def test_rows_that_wait_for_a_restart_start_again_together(typed, impl, monkeypatch):
+    """A cascade's next member begins with the token ids and types of rows of many batches, ``typed`` or without any."""
     small = config_of("bert", hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
     members = [randomised(rx.FullDepth(config)) for config in (small, config_of("bert"))]
     model = rx.CascadeBert.from_members(members, rx.MaxProb(0.0))
     rows = random_rows(80, 5, longest=12)
+    parts = [rows[at : at + 8] for at in range(0, 80, 8)]
     pairs = [
-        (part, [[0] + [1] * (len(row) - 1) for row in part]) for part in (rows[at : at + 8] for at in range(0, 80, 8))
+        (part, [[0] + [1] * (len(row) - 1) for row in part] if number % 2 in typed else None)
+        for number, part in enumerate(parts)
     ]
     first = rx.accelerate(model, impl=impl)
     sure = torch.cat([first.executor.run(first.pack_sequences(*pair)).score for pair in pairs])  # of the first member
@@ -222,6 +225,30 @@ def test_rules_hear_of_batches_as_they_entered():
         finished += pools.flush()
     assert len(heard) == 3 and all(ids == list(range(10)) for ids, _ in heard)
     assert [layers for _, layers in heard] == [record.exit_layer.tolist() for _, record in finished]
+
+
+def test_a_rule_gives_thresholds_to_the_ids_that_entered():
+    class Picky(rx.Entropy):
+        def start(self, sample_ids):
+            return torch.where(sample_ids % 5 == 0, 10.0, -1.0)  # these leave at once, the others never
+
+    fast = rx.accelerate(tiny_deebert(), rule=Picky(0.0))
+    rows = random_rows(21, 4)
+    parts = rows[:7], rows[7:14], rows[14:]
+    alone = [fast.executor.run(fast.pack_sequences(part)).exit_layer for part in parts]
+    pools = SurvivorPools(fast.executor, 40)
+    with torch.inference_mode():
+        finished = [done for part in parts for done in pools.put(fast.pack_sequences(part))] + pools.flush()
+    for number, record in finished:
+        assert torch.equal(record.exit_layer, alone[number])
+        assert record.exit_layer.tolist() == [1 if row % 5 == 0 else fast.encoder.num_layers for row in range(7)]
+
+
+def test_parts_with_other_row_state_are_refused():
+    first, second = batch_of([0, 1], [2, 3]), batch_of([2], [1])
+    second.state["threshold"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"parts: expected the row state \[\], got \['threshold'\]"):
+        RaggedBatch.merge([first, second])
 
 
 def test_parts_and_merger_give_the_batch_back():
