@@ -85,7 +85,8 @@ class FastBert(LayeredModel):
 
     The last branch is the teacher. ``compare="<="`` as the paper's script, the default, or ``"<"`` as the PyPI package.
     config: a ``UerConfig`` for published weights; branches on a Hugging Face encoder work too. On UER's backbone,
-    ``token_type_ids`` may be UER's own segments: 0 padding, 1 first, 2 second sentence, with or without a mask.
+    ``token_type_ids`` may be UER's own segments: 0 padding, 1 first, 2 second sentence; a mask is needed for padding
+    on the left alone.
     """
 
     system: ClassVar[str] = "fastbert"
@@ -114,16 +115,16 @@ class FastBert(LayeredModel):
     def prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """UER's segments -> mask and token types. They are told by [CLS], which is 1 there and 0 in token types."""
+        """UER's segments -> mask and token types. A row's are told by its [CLS], 1 there and 0 in token types."""
         if token_type_ids is None or not isinstance(self.config, UerConfig):
             return input_ids, attention_mask, token_type_ids
         check_inputs(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         first = token_type_ids.gather(1, mask.int().argmax(1, keepdim=True))
-        if not bool((first == 1).all()):
-            return input_ids, attention_mask, token_type_ids
-        mask = (token_type_ids > 0).long() if attention_mask is None else attention_mask
-        return input_ids, mask, (token_type_ids - 1).clamp_min(0)
+        segments = first == 1  # [B, 1]
+        if attention_mask is None:
+            mask = torch.where(segments, (token_type_ids > 0).long(), 1)
+        return input_ids, mask, torch.where(segments, (token_type_ids - 1).clamp_min(0), token_type_ids)
 
     def prepare_types(self, token_type_ids: Sequence[int]) -> Sequence[int]:
         if not isinstance(self.config, UerConfig) or list(token_type_ids[:1]) != [1]:

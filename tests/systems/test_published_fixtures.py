@@ -183,3 +183,7 @@ def test_uer_segments_may_stand_for_the_mask(shared: Path, tmp_path: Path, impl:
             output = callee(file["input_ids"], attention_mask=mask, token_type_ids=file["seg"])
             assert torch.equal(output.logits, expected.logits)
             assert torch.equal(output.exit_layer, expected.exit_layer)
+        mixed = file["seg"].clone()
+        mixed[0] = torch.where(file["attention_mask"][0] > 0, mixed[0] - 1, 0)  # Hugging Face's types in one row
+        output = callee(file["input_ids"], attention_mask=file["attention_mask"], token_type_ids=mixed)
+        assert torch.equal(output.logits, expected.logits)
