@@ -137,7 +137,8 @@ class Report:
     def _verdict(self, item: Measured) -> str:
         reference = "row-by-row exits" if item.contender.exits else "full depth"
         if item.matches:
-            return f"= {reference}, logits within {item.max_logit_error:.0e}"
+            others = f", {item.wrong_exits} other exits" if item.wrong_exits else ""  # bf16 alone may have some
+            return f"= {reference}, logits within {item.max_logit_error:.0e}{others}"
         return f"[red]DIFFER from {reference}: {item.wrong_exits} exits, logits by {item.max_logit_error:.0e}[/red]"
 
     def plot(self, path: Path) -> None:

@@ -177,6 +177,39 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     assert not verdict(Answers(right.logits, other))
 
 
+def test_rows_inside_the_margin_may_be_few(model, rule):
+    rows = workload(30, 5)
+    expected = measuring.references(model, rule, rows)
+    ragged = contenders(model, rx.accelerate(model, rule=rule))[-1]
+    right = ragged.run(rows, 256)
+    for close, matches in ((1, True), (2, False)):
+        measured = measuring.Measured(ragged, 256, right)
+        doubtful = torch.arange(30) < close
+        measuring.check(measured, rows, replace(expected, close=doubtful), torch.float32)
+        assert measured.matches == matches
+
+
+def test_an_exit_that_will_not_be_asked_is_not_close(model):
+    """All rows leave at the first exit, and sit on the threshold of the second."""
+    rows = workload(4, 5)
+    table = exit_table(rx.accelerate(model), rows.sequences)
+    for row in range(4):
+        rule = rx.Entropy([100.0, float(table.scores[1, row]), 0.0])
+        assert not measuring.references(model, rule, rows.select([row])).close.any()
+        rule = rx.Entropy([-1.0, float(table.scores[1, row]), 0.0])
+        assert measuring.references(model, rule, rows.select([row])).close.all()
+
+
+def test_in_bf16_whoever_leaves_early_does_not_match(model, rule):
+    rows = workload(60, 5)
+    expected = measuring.references(model, rule, rows)
+    ragged = contenders(model, rx.accelerate(model, rule=rule))[-1]
+    for layers, matches in ((expected.exits.exit_layer, True), (expected.exits.exit_layer.clamp_max(1), False)):
+        measured = measuring.Measured(ragged, 256, Answers(expected.exits.logits, layers))
+        measuring.check(measured, rows, expected, torch.bfloat16)
+        assert measured.matches == matches
+
+
 def test_token_types_reach_every_contender(model, rule):
     """Where token types change the answers, one that drops them differs from the reference."""
     rows = workload(40, 6)
