@@ -48,6 +48,19 @@ def test_it_holds_as_often_as_it_says():
     assert sum(speeds) / len(speeds) < 1.75  # and it is not kept by never leaving: the best threshold reaches 1.55
 
 
+def test_it_is_a_share_of_the_right_answers():
+    """Of rows that full depth has wrong there is nothing to lose: they must not make the share look smaller."""
+    table = drawn(400, torch.Generator().manual_seed(2))
+    ones = torch.ones(400, dtype=torch.int64)
+    alone = guaranteed_threshold(table, ones, max_loss=0.05)
+    nowhere = table_of(torch.full((600,), 0.5), torch.zeros(600, dtype=torch.bool))  # they never leave early
+    both = ExitTable(
+        torch.cat([table.scores, nowhere.scores], 1), torch.cat([table.logits, nowhere.logits], 1), table.exits
+    )
+    found = guaranteed_threshold(both, torch.cat([ones, torch.zeros(600, dtype=torch.int64)]), max_loss=0.05)
+    assert (found.threshold, found.lost) == (alone.threshold, alone.lost)
+
+
 def test_without_labels_it_counts_changed_answers():
     table = drawn(400, torch.Generator().manual_seed(1))
     labels = torch.ones(400, dtype=torch.int64)  # what the last exit says
