@@ -10,6 +10,7 @@ from tiny import one_thread  # noqa: F401  (autouse)
 
 import ragged_exit as rx
 from ragged_exit.bench.quality import points as points_module
+from ragged_exit.bench.quality.models import Budget, Study
 from ragged_exit.bench.quality.points import TARGETS, Point, measure
 from ragged_exit.bench.quality.published import FULL, QUALITY, retention
 from ragged_exit.bench.quality.report import TaskReport, draw, write_json
@@ -43,6 +44,22 @@ class TinyStudy:
     def model(self, name):
         self.reads.append(name)
         return self.models[name]
+
+
+def test_a_model_of_other_settings_is_not_measured_again(tmp_path):
+    class OfTiny(Study):
+        def __init__(self, seed):  # without the encoder, which is fetched
+            self.task, self.folder, self.say = TinyTask(), tmp_path, lambda line: None
+            self.budget, self.seed, self.bf16 = Budget(None, 1, 1e-3, 16), seed, False
+            self.train, self.valid = task(32, 1), task(16, 2)
+
+        def _fresh(self, name):
+            return tiny("pabee", seed=self.seed)
+
+    first, again = (OfTiny(1).model("pabee").state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(ValueError, match="work_dir: .*other settings"):
+        OfTiny(2).model("pabee")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoConfig, set_seed
 
 from ragged_exit.bench.quality.tasks import Task
+from ragged_exit.claims import write_json
 from ragged_exit.embedded import encoder_dir
 from ragged_exit.examples import read_tokenizer, tokenise
 from ragged_exit.models.base import EarlyExitModel
@@ -105,15 +107,23 @@ class Study:
 
     def _trained(self, name: str) -> LayeredModel:
         folder = self.folder / name
-        if not (folder / "model.safetensors").is_file():
+        told = folder / "study.json"
+        settings = self._options() | {"rows": [len(self.train), len(self.valid)]}
+        if (folder / "model.safetensors").is_file():
+            if not told.is_file() or json.loads(told.read_text()) != settings:
+                raise ValueError(
+                    f"work_dir: {folder} was trained with other settings; delete it or give another folder"
+                )
+        else:
             self.say(f"{self.task.name}: training {name}")
             set_seed(self.seed)
             model = self._fresh(name)
             options = self._options()
             hard = None
             if name == SMALL_MEMBER:
-                hard = difficult_rows(model, self.train, folds=FOLDS, work_dir=folder, **options)
+                hard = difficult_rows(model, self.train, self.valid, folds=FOLDS, work_dir=folder, **options)
             fit(model, self.train, self.valid, hard=hard, work_dir=folder / "run", **options)
+            write_json(told, settings)
             model.save_pretrained(folder)
             for run in folder.iterdir():
                 if run.is_dir():
