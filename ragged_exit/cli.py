@@ -113,9 +113,9 @@ def fit(
     valid: Annotated[Path | None, typer.Option(help="validation rows (default: 15 % of DATA)")] = None,
     pooling: Annotated[str, typer.Option(help="what heads see: cls or mean")] = "cls",
     freeze_backbone: Annotated[bool, typer.Option(help="train heads only, on features computed once")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="(default: the paper's)")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="(default: the paper's)")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: the paper's)")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="(default: the recipe's)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="(default: the recipe's)")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: the recipe's)")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="tokens a row, at most")] = 128,
     folds: Annotated[int, typer.Option(help="cascade: folds that find difficult rows; 0 leaves the margin out")] = 8,
     seed: int = 42,
@@ -210,7 +210,7 @@ def calibrate(
     data: Annotated[
         Path, typer.Argument(help="csv, tsv, jsonl or parquet with text[, text2][, label], not trained on")
     ],
-    max_loss: Annotated[float, typer.Option(help="share of answers that leaving early may spoil")] = 0.01,
+    max_loss: Annotated[float, typer.Option(help="share of the right answers that leaving early may spoil")] = 0.01,
     confidence: Annotated[float, typer.Option(help="that the share holds on new rows")] = 0.95,
     speedup: Annotated[
         float | None, typer.Option(help="instead: run 1 / SPEEDUP of the layers, whatever it costs")

@@ -137,6 +137,7 @@ def test_labels_that_are_no_classes_are_refused(system, label, encoder, tmp_path
         (("--system", "deeberd"), "system"),
         (("--system", "cascade"), "member"),
         (("--system", "pabee", "--pooling", "max"), "pooling"),
+        (("--system", "fastbert", "--pooling", "mean"), "pooling"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(options, message, encoder, reviews, tmp_path):

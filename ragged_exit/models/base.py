@@ -135,7 +135,7 @@ class EarlyExitModel(nn.Module):
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy with integer labels ``[B]``, or for one output the mean squared error, ``[B]`` or ``[B, 1]``.
 
-        Labels of -100 do not count. Raises TypeError or ValueError naming ``labels``.
+        A class of -100 does not count, as in PyTorch. Raises TypeError or ValueError naming ``labels``.
         """
         rows, classes = logits.shape
         if not isinstance(labels, Tensor):

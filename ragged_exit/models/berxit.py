@@ -59,7 +59,11 @@ class Berxit(HighwayModel):
         return super().training_loss(points, labels) + self.uncertainty_loss(points, labels)
 
     def uncertainty_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
-        """Mean squared error of u against 1 where the exit is wrong, else 0; for regression |tanh(answer - label)|."""
+        """Mean squared error of u against 1 where the exit is wrong, else 0; for regression |tanh(answer - label)|.
+
+        At the last layer u is asked of the final head's pooled vector; the original asks its last highway's, which
+        never answers and is not here.
+        """
         losses = []
         for point in points:
             logits, signal = point.output.logits.detach(), point.output.signal

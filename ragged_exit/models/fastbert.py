@@ -99,6 +99,8 @@ class FastBert(LayeredModel):
         exit_layers: Sequence[int] | None = None,
         backbone: nn.Module | None = None,
     ) -> None:
+        if config.num_labels < 2:  # one output has no distribution to distil
+            raise ValueError(f"num_labels: expected at least 2 classes, got {config.num_labels}")
         rule = Entropy(0.0, dialect="categorical", compare="<=") if rule is None else rule
         super().__init__(config, rule, exit_layers=exit_layers, backbone=backbone)
         self.classifiers = nn.ModuleList(Branch(config) for _ in self.exit_layers)

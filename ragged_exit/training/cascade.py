@@ -36,7 +36,7 @@ def fit_cascade(
         folder = None if work_dir is None else Path(work_dir) / f"member-{number + 1}"
         hard = None
         if number == 0 and folds and member.system == "full_depth":
-            hard = difficult_rows(member, train, folds=folds, seed=seed, work_dir=folder, **options)  # type: ignore[arg-type]
+            hard = difficult_rows(member, train, valid, folds=folds, seed=seed, work_dir=folder, **options)  # type: ignore[arg-type]
         fit(
             member,  # type: ignore[arg-type]
             train,
@@ -49,9 +49,19 @@ def fit_cascade(
 
 
 def difficult_rows(
-    model: LayeredModel, train: Examples, *, folds: int, seed: int, work_dir: Path | None = None, **options: Any
+    model: LayeredModel,
+    train: Examples,
+    valid: Examples,
+    *,
+    folds: int,
+    seed: int,
+    work_dir: Path | None = None,
+    **options: Any,
 ) -> Tensor:
-    """bool ``[N]``: the rows that a copy of ``model`` gets wrong when it has been trained on the other folds."""
+    """bool ``[N]``: the rows that a copy of ``model`` gets wrong when it has been trained on the other folds.
+
+    valid: of ``fit``, none of these rows: those held out judge a copy, and must not choose its epoch.
+    """
     if not 2 <= folds <= len(train):
         raise ValueError(f"folds: expected 2 to {len(train)} (the training rows), got {folds}")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -61,7 +71,7 @@ def difficult_rows(
         rest = sorted(set(order) - set(held_out))
         other = copy.deepcopy(model)
         folder = None if work_dir is None else work_dir / f"fold-{fold + 1}-of-{folds}"
-        fit(other, train.select(rest), train.select(held_out), seed=seed, work_dir=folder, **options)
+        fit(other, train.select(rest), valid, seed=seed, work_dir=folder, **options)
         hard[held_out] = _wrong(other, train.select(held_out))
     return hard
 

@@ -60,7 +60,7 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if work_dir is None else work_dir)
         settings = [freeze_backbone, epochs, learning_rate, batch_size, seed, bf16]
-        rows = (train, valid, None if hard is None else hard.tolist())
+        rows = (_plain(train), _plain(valid), None if hard is None else hard.tolist())
         _claim(folder, model, repr((model.section(), _digest(model.backbone), settings, rows)))
         for number, phase in enumerate(phases_of(model)):
             parts = [part for part in phase.parts(model) if not (freeze_backbone and part is model.backbone)]
@@ -235,6 +235,12 @@ def has_progress(folder: Path) -> bool:
     """Whether an epoch or a phase that is done lies anywhere in ``folder``."""
     saved = (path.name for path in folder.rglob("*.safetensors"))
     return any(not name.endswith(_START) for name in saved) or any(folder.rglob("checkpoint-*"))
+
+
+def _plain(examples: Examples) -> list[Any]:
+    """All of it as lists, whose repr leaves nothing out; that of a long array does."""
+    rows = [examples.sequences, examples.token_type_ids or []]
+    return [None if examples.labels is None else list(examples.labels), [[list(row) for row in each] for each in rows]]
 
 
 def _digest(backbone: nn.Module) -> str:

@@ -63,6 +63,8 @@ def run_fit(
         raise ValueError(f"system: expected one of {', '.join(SYSTEM_NAMES)}, got {system!r}")
     if (system == CascadeBert.system) != bool(members):
         raise ValueError("member: a cascade needs at least one smaller encoder, and no other system takes one")
+    if system == "fastbert" and pooling != "cls":
+        raise ValueError("pooling: fastbert's heads see all tokens, and are asked for none")
     run = out / RUN_FOLDER
     if (out / "config.json").exists() and not run.exists():  # with it the end of a run was cut short
         raise ValueError(f"out: {out} holds a model already; delete it or give another folder")

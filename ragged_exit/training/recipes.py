@@ -1,8 +1,9 @@
 """How each published system is trained: phases of losses over its exits.
 
 Notation: L_i is the task's loss at the i-th of n exits (cross-entropy, or the squared error of a regression). What a
-paper leaves to its code follows the code. Frozen parts run without dropout, unlike the originals': their features can
-then be computed once.
+paper leaves to its code follows the code. Epochs are BERT's (DeeBERT and BERxiT train RoBERTa for 10); a cascade's
+members get 3, where CascadeBERT's paper has 10 and its script 5. Frozen parts run without dropout, unlike the
+originals': their features can then be computed once.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def margin_loss(model: EarlyExitModel, batch: Batch) -> Tensor:
 
 
 def _sum(model: EarlyExitModel, points: list[ExitPoint], labels: Tensor) -> Tensor:
-    return torch.stack([model.task_loss(point.output.logits, labels) for point in points]).sum()
+    losses = [model.task_loss(point.output.logits, labels) for point in points]
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=labels.device)  # a model of one exit
 
 
 # Gradient equilibrium -------------------------------------------------------------------------------------------------

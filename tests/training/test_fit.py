@@ -2,9 +2,11 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from recipe_cases import SYSTEMS, batch_of, points_of, task, tiny
+from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401  (autouse)
 
 import ragged_exit as rx
@@ -255,14 +257,54 @@ def test_labels_that_do_not_fit_are_refused(labels, num_labels):
 def test_difficult_rows_are_those_the_other_folds_get_wrong():
     clean = task(200, 1)
     flipped = [1 - label if row < 20 else label for row, label in enumerate(clean.labels)]
-    found = difficult_rows(tiny("full_depth"), Examples(clean.sequences, flipped), folds=2, seed=3, epochs=3, **FAST)
+    found = difficult_rows(
+        tiny("full_depth"), Examples(clean.sequences, flipped), task(32, 2), folds=2, seed=3, epochs=3, **FAST
+    )
     assert found[:20].float().mean() > 0.9 and found[20:].float().mean() < 0.1
+
+
+@pytest.mark.parametrize("freeze_backbone", [False, True])
+def test_the_rows_held_out_do_not_choose_their_judge(freeze_backbone, tmp_path):
+    rows = task(60, 1)
+    held_out = torch.randperm(60, generator=torch.Generator().manual_seed(3)).tolist()[0::2]  # of the first fold
+    flipped = [1 - label if row in held_out else label for row, label in enumerate(rows.labels)]
+    judges = []
+    for labels in (rows.labels, flipped):
+        folder = tmp_path / str(len(judges))
+        options = {"folds": 2, "seed": 3, "epochs": 3, "freeze_backbone": freeze_backbone, **FAST}
+        difficult_rows(tiny("full_depth"), Examples(rows.sequences, labels), task(32, 2), work_dir=folder, **options)
+        judges.append(load_file(folder / "fold-1-of-2" / "0-final.safetensors"))
+    first, second = judges
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_labels_in_an_array_are_all_told_apart(tmp_path):
+    rows = task(1200, 1)
+    labels = np.array(rows.labels)
+    fit(tiny("pabee"), Examples(rows.sequences, labels), task(32, 2), freeze_backbone=True, work_dir=tmp_path, **FAST)
+    labels = labels.copy()
+    labels[400:800] = 1 - labels[400:800]
+    with pytest.raises(ValueError, match="work_dir"):
+        fit(
+            tiny("pabee"),
+            Examples(rows.sequences, labels),
+            task(32, 2),
+            freeze_backbone=True,
+            work_dir=tmp_path,
+            **FAST,
+        )
+
+
+def test_berxit_with_one_exit_learns():
+    model = tiny("berxit", exit_layers=[3])
+    fit(model, task(256, 1), task(64, 2), epochs=3, **FAST)
+    assert min(accuracies(model, task(64, 9))) > 0.9
 
 
 @pytest.mark.parametrize("folds", [1, 21])
 def test_folds_without_rows_are_refused(folds):
     with pytest.raises(ValueError, match=r"folds: expected 2 to 20 \(the training rows\), got"):
-        difficult_rows(tiny("full_depth"), task(20, 1), folds=folds, seed=3, **FAST)
+        difficult_rows(tiny("full_depth"), task(20, 1), task(8, 2), folds=folds, seed=3, **FAST)
 
 
 def test_cascade_trains_every_member(tmp_path):
