@@ -58,7 +58,7 @@ def test_a_model_of_other_settings_is_not_measured_again(tmp_path):
 
     first, again = (OfTiny(1).model("pabee").state_dict() for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    with pytest.raises(ValueError, match="work_dir: .*other settings"):
+    with pytest.raises(ValueError, match=r"work_dir: .* other settings"):
         OfTiny(2).model("pabee")
 
 
