@@ -137,9 +137,9 @@ def test_on_the_cpu_every_stage_is_read_at_once(monkeypatch) -> None:
     for name in ("launch", "settle"):
         real = getattr(executing.RaggedExecutor, name)
 
-        def noted(self, *arguments, name=name, real=real):
+        def noted(self, *arguments, name=name, real=real, **options):
             order.append(name)
-            return real(self, *arguments)
+            return real(self, *arguments, **options)
 
         monkeypatch.setattr(executing.RaggedExecutor, name, noted)
     monkeypatch.setattr(executing, "COHORT_TOKENS", 1)

@@ -177,16 +177,21 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     assert not verdict(Answers(right.logits, other))
 
 
-def test_rows_inside_the_margin_may_be_few(model, rule):
+def test_few_rows_inside_the_margin_may_leave_elsewhere(model, rule):
     rows = workload(30, 5)
-    expected = measuring.references(model, rule, rows)
     ragged = contenders(model, rx.accelerate(model, rule=rule))[-1]
     right = ragged.run(rows, 256)
-    for close, matches in ((1, True), (2, False)):
-        measured = measuring.Measured(ragged, 256, right)
-        doubtful = torch.arange(30) < close
-        measuring.check(measured, rows, replace(expected, close=doubtful), torch.float32)
+    expected = replace(measuring.references(model, rule, rows), close=torch.ones(30, dtype=torch.bool))
+    for others, matches in ((0, True), (1, True), (2, False)):
+        answers = Answers(right.logits.clone(), right.exit_layer.clone())
+        answers.exit_layer[:others] = torch.where(answers.exit_layer[:others] == 3, 2, 3)
+        answers.logits[:others] *= -1
+        measured = measuring.Measured(ragged, 256, answers)
+        measuring.check(measured, rows, expected, torch.float32)
         assert measured.matches == matches
+    negated = measuring.Measured(ragged, 256, Answers(-right.logits, right.exit_layer))
+    measuring.check(negated, rows, expected, torch.float32)
+    assert not negated.matches  # the same exits: nothing is excused
 
 
 def test_an_exit_that_will_not_be_asked_is_not_close(model):
