@@ -132,8 +132,9 @@ ExitArgs exit_args(const ExitInputs& in, const ExitOutputs& out, int64_t rows, i
 
 void bind_exit_step(Address hidden, int64_t hidden_stride, int64_t width, bool mean, Address means,
                     // the tensors of HeadWeights, in their order
-                    const std::array<Address, 10>& head, int64_t pooled, int64_t projected, const ExitInputs& in, const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score,
-                    int compare, float tolerance, float temperature, float lam, bool dr_by_distance, bool final,
+                    const std::array<Address, 10>& head, int64_t pooled, int64_t projected, const ExitInputs& in,
+                    const ExitOutputs& out, int64_t rows, int64_t tokens, int64_t classes, int score, int compare,
+                    float tolerance, float temperature, float lam, bool dr_by_distance, bool final,
                     bool per_row_threshold, bool bf16, int threads) {
     const ExitArgs a = exit_args(in, out, rows, tokens, classes, score, compare, tolerance, temperature, lam,
                                  dr_by_distance, final, per_row_threshold, bf16, threads);

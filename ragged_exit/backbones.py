@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class UerLayerNorm(nn.Module):
-    """weight (x - mean) / (std + eps) + bias with the unbiased standard deviation: not ``nn.LayerNorm``."""
+    """weight (x - mean) / (std + eps) + bias with the unbiased standard deviation: not ``nn.LayerNorm``.
+
+    Of ``models.uer``; here, because ``weight_of`` must know it.
+    """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()

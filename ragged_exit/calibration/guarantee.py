@@ -25,8 +25,6 @@ class Guarantee(NamedTuple):
     threshold: float | None
     lost: float
     mean_executed_layers: float
-    max_loss: float
-    confidence: float
 
 
 def guaranteed_threshold(
@@ -62,7 +60,7 @@ def guaranteed_threshold(
         if stats.binom.cdf(spoilt, rows, max_loss) > 1 - confidence:
             break
         chosen = (threshold, spoilt / rows, float(replay.executed_layers.double().mean()))
-    return Guarantee(*chosen, max_loss, confidence)
+    return Guarantee(*chosen)
 
 
 def _grid(spec: ScoreSpec, classes: int, exits: int) -> list[float]:

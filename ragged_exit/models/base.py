@@ -177,9 +177,17 @@ class EarlyExitModel(nn.Module):
         section = saved.get("early_exit")
         if not isinstance(section, dict) or section.get("system") != cls.system:
             raise ValueError(f'{path}: expected a config.json with early_exit.system = "{cls.system}"')
-        model = build(section, saved)
-        load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
-        return model.eval()
+        return read_own(path, saved)
+
+
+def read_own(path: Path, saved: dict[str, Any]) -> EarlyExitModel:
+    """What ``save_pretrained`` wrote in ``path``, strictly, in eval mode; saved: its config.json, with our section."""
+    try:
+        model = build(saved["early_exit"], saved)
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from error
+    load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
+    return model.eval()
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
-from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, build, load_strictly, read_config, read_weights
+from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, load_strictly, read_config, read_own, read_weights
 from ragged_exit.models.published import detect_layout, rename_keys
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
@@ -28,14 +28,8 @@ def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
     """
     path = Path(directory)
     saved = read_config(path)
-    section = saved.get("early_exit")
-    if section is not None:
-        try:
-            model = build(section, saved)
-        except ValueError as error:
-            raise ValueError(f"{path}/config.json: {error}") from error
-        load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
-        return model.eval()
+    if saved.get("early_exit") is not None:
+        return read_own(path, saved)
     state = read_state(path)
     layout = detect_layout(state)
     if layout is None:

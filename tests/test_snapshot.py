@@ -1,0 +1,193 @@
+"""The snapshot that accelerate takes: what it refuses to read, what refresh reads again, whom it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate_cases import (
+    assert_same_answers,
+    exiting,
+    fast_model,
+    inputs,
+    reference,
+)
+from system_cases import config_of
+from tiny import (
+    VOCAB,
+    bert_config,
+    impls,
+    one_thread,  # noqa: F401
+    randomise,
+    tiny_deebert,
+)
+from torch import nn
+
+import ragged_exit as rx
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class DoubledNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class DoubledEmbedding(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(ids)
+
+
+BACKBONE = "backbone.encoder.layer.1."
+WRAPPED = {
+    "query": ("deebert", BACKBONE + "attention.self.query", Doubled(32, 32)),
+    "feed forward": ("deebert", BACKBONE + "output.dense", Doubled(64, 32)),
+    "norm": ("deebert", BACKBONE + "output.LayerNorm", DoubledNorm(32)),
+    "embedding": ("deebert", "backbone.embeddings.word_embeddings", DoubledEmbedding(VOCAB, 32)),
+    "pooler": ("deebert", "highways.1.pooler", Doubled(32, 32)),
+    "classifier": ("deebert", "highways.1.classifier", Doubled(32, 3)),
+    "prototype": ("de3bert", "highways.1.proto", Doubled(32, 32)),
+    "uncertainty": ("berxit", "lte", Doubled(32, 1)),
+    "electra's head": ("electra", "final.classifier", Doubled(32, 3)),
+    "branch": ("fastbert", "classifiers.1.output_layer_1", Doubled(128, 128)),
+}
+
+
+def wrappable(system: str) -> rx.EarlyExitModel:
+    if system == "electra":
+        return randomise(rx.DeeBert(config_of("electra")))
+    factories = {"deebert": rx.DeeBert, "de3bert": rx.De3Bert, "berxit": rx.Berxit, "fastbert": rx.FastBert}
+    return randomise(factories[system](bert_config()))
+
+
+@pytest.mark.parametrize("place", WRAPPED)
+def test_a_module_that_does_more_with_its_weight_is_refused(place: str) -> None:
+    """As a LoRA's linear, which answers with its base's weight."""
+    system, name, module = WRAPPED[place]
+    model = wrappable(system)
+    fast, ids = rx.accelerate(model, impl="reference"), torch.arange(5, 17).view(3, 4)
+    expected = fast(ids)
+    model.set_submodule(name, module)
+    with pytest.raises(ValueError, match=rf"model: expected plain .* got a .*\.{type(module).__name__}; merge"):
+        rx.accelerate(model, impl="reference")
+    with pytest.raises(ValueError, match="model: expected plain"):
+        fast.refresh()
+    assert_same_answers(fast(ids), expected)
+
+
+def test_other_classes_that_compute_the_same_are_taken() -> None:
+    class Named(nn.Linear):
+        pass
+
+    model, batch = exiting(tiny_deebert()), inputs()
+    attention = model.backbone.encoder.layer[1].attention.self
+    attention.key = Named(32, 32)
+    nn.utils.parametrizations.weight_norm(attention.query)
+    assert type(attention.query) is not nn.Linear
+    randomise(model)
+    assert_same_answers(rx.accelerate(model, impl="reference")(**batch), reference(model, **batch))
+
+
+# the snapshot -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", impls())
+def test_the_snapshot_is_independent_until_refreshed(impl: str) -> None:
+    model, batch = exiting(tiny_deebert()), inputs()
+    fast = rx.accelerate(model, impl=impl)
+    before = fast(**batch)
+    randomise(model, seed=9)  # in place, as an optimiser would
+    assert_same_answers(fast(**batch), before)
+    expected = reference(model, **batch)
+    assert not torch.allclose(before.logits, expected.logits, atol=1e-2)
+    fast.refresh()
+    assert_same_answers(fast(**batch), expected)
+
+
+@pytest.mark.parametrize("settings", [{"threshold": -1.0}, {"rule": rx.Entropy(-1.0)}], ids=["field", "rule"])
+def test_refresh_keeps_the_rule_that_was_asked_for(settings: dict[str, Any]) -> None:
+    model, batch = exiting(tiny_deebert()), inputs()
+    fast = rx.accelerate(model, **settings, impl="reference")
+    model.rule = rx.Entropy(10.0)  # everybody out at once
+    fast.refresh()
+    assert fast(**batch).exit_layer.tolist() == [4] * 12
+
+
+def test_refresh_reads_the_models_rule_again() -> None:
+    model, batch = tiny_deebert(rule=rx.Entropy(-1.0)), inputs()
+    fast = rx.accelerate(model, impl="reference")
+    model.rule = rx.Entropy(10.0)
+    assert fast(**batch).exit_layer.tolist() == [4] * 12 and fast.rule == rx.Entropy(-1.0)
+    fast.refresh()
+    assert fast(**batch).exit_layer.tolist() == [1] * 12 and fast.rule == rx.Entropy(10.0)
+
+
+def test_refresh_sets_the_fields_that_were_given_in_the_models_present_rule() -> None:
+    model = tiny_deebert(rule=rx.Entropy(0.5))
+    fast = rx.accelerate(model, threshold=0.25, impl="reference")
+    model.rule = rx.MaxProb(0.9)
+    fast.refresh()
+    assert fast.rule == rx.MaxProb(0.25)
+    model.rule = rx.Patience(2)
+    with pytest.raises(ValueError, match="threshold: the rule Patience has no such field"):
+        fast.refresh()
+    assert fast.rule == rx.MaxProb(0.25) and fast(**inputs()).exit_layer.tolist() == [1] * 12
+
+
+def test_a_rule_cannot_be_set_where_it_would_change_nothing() -> None:
+    fast = fast_model()
+    with pytest.raises(AttributeError, match="rule"):
+        fast.rule = rx.Entropy(0.9)  # type: ignore[misc]
+
+
+def test_refresh_sees_options_that_changed() -> None:
+    model, batch = exiting(tiny_deebert(exit_at_last_highway=True)), inputs()
+    fast = rx.accelerate(model, impl="reference")
+    model.exit_at_last_highway, model.pooling = False, "mean"
+    expected = reference(model, **batch)
+    fast.refresh()
+    assert_same_answers(fast(**batch), expected)
+
+
+def test_the_models_mode_is_its_own_business() -> None:
+    model, batch = exiting(tiny_deebert(bert_config(hidden_dropout_prob=0.5))), inputs()
+    expected = reference(model, **batch)
+    model.train()
+    fast = rx.accelerate(model, impl="reference")
+    assert model.training and not fast.training
+    assert_same_answers(fast(**batch), expected)
+
+
+def test_nothing_is_patched_and_nothing_is_owned() -> None:
+    model, batch = exiting(tiny_deebert()), inputs()
+    watched = [nn.Module, nn.Linear, nn.LayerNorm, F, torch.Tensor, rx.DeeBert]
+    watched += [type(module) for module in model.modules()]
+    before = [(place, dict(vars(place))) for place in watched]
+    own = {id(module): dict(vars(module)) for module in model.modules()}
+    settings = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+    expected = reference(model, **batch)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = rx.accelerate(model, threshold=0.3, impl="auto")
+    fast(**batch)
+    list(fast.stream([[5, 6]]))
+    for place, attributes in before:
+        now = dict(vars(place))
+        assert now.keys() == attributes.keys(), place
+        assert all(now[name] is value for name, value in attributes.items() if callable(value)), place
+    assert all(dict(vars(module)) == own[id(module)] for module in model.modules())
+    assert settings == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+    assert torch.equal(reference(model, **batch).logits, expected.logits)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert list(fast.parameters()) == [] and list(fast.children()) == [] and fast.state_dict() == {}
+
+
+def test_two_snapshots_of_one_model_do_not_meet() -> None:
+    model, batch = tiny_deebert(), inputs()
+    low, high = fast = [rx.accelerate(model, threshold=value, impl="reference") for value in (-1.0, 10.0)]
+    for _ in range(2):
+        assert [set(one(**batch).exit_layer.tolist()) for one in fast] == [{4}, {1}]
+    low.refresh()
+    assert set(high(**batch).exit_layer.tolist()) == {1}
