@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ragged_exit.backbones import backbone_weights
 from ragged_exit.batch import RaggedBatch
@@ -41,8 +43,9 @@ def accelerate(
     holds a snapshot of the weights and the rule; ``refresh()`` reads them again. Nothing is patched.
 
     Raises TypeError when ``model`` is no early-exit model or ``rule`` no rule; ValueError for a field that the rule
-    does not have, thresholds of another number than exits, a dtype that the device cannot run, or a module in place of
-    a linear, an embedding or a LayerNorm that does more with its weight, as an adapter's.
+    does not have, thresholds of another number than exits, a dtype that the device cannot run, a weight that is sharded
+    or quantised, or a module in place of a linear, an embedding or a LayerNorm that does more with its weight, as an
+    adapter's.
     """
     if not isinstance(model, EarlyExitModel):
         raise TypeError(f"model: expected an early-exit model of ragged_exit, got {type(model).__name__}")
@@ -124,6 +127,9 @@ class AcceleratedModel(nn.Module):
         own_rule = source.rule
         chosen = with_fields(own_rule, self._changes) if self._given_rule is None else self._given_rule
         source.check_rule(chosen)
+        for name, value in (*source.named_parameters(), *source.named_buffers()):
+            if is_traceable_wrapper_subclass(value):  # the kernels read memory, and it has none of its own
+                raise ValueError(f"model: expected plain tensors, and {name} is a {type(value).__name__}")
 
         def encoder(backbone: nn.Module) -> PackedEncoder:
             return PackedEncoder(backbone_weights(backbone), impl=self.impl, dtype=self.dtype, device=self.device)
@@ -167,41 +173,53 @@ class AcceleratedModel(nn.Module):
         is read ahead and sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all
         the same. Where ``sequences`` itself raises, what it gave before is answered first, then its error is raised.
         """
+        pools, encoders = SurvivorPools(self.executor, token_budget), self.encoders  # refresh() is for the next stream
         yield from answer_in_order(
-            (StreamRow(index, *self._read(item)) for index, item in enumerate(sequences)),
-            self._pack,
-            SurvivorPools(self.executor, token_budget),
+            (StreamRow(index, *self._read(item, encoders)) for index, item in enumerate(sequences)),
+            functools.partial(self._pack, encoders),
+            pools,
         )
 
     def _read(
-        self, item: Sequence[int] | Mapping[str, Sequence[int]]
+        self, item: Sequence[int] | Mapping[str, Sequence[int]], encoders: Sequence[PackedEncoder]
     ) -> tuple[Sequence[int], Sequence[int] | None, str | None]:
         """(input_ids, token_type_ids, what is wrong with them)."""
         try:
             ids = _kept(item["input_ids"] if isinstance(item, Mapping) else item)
             types = _kept(item.get("token_type_ids")) if isinstance(item, Mapping) else None
             prepared = None if types is None else self._source[0].prepare_types(types)
-            for encoder in self.encoders:
+            for encoder in encoders:
                 encoder.check_sequence(ids, prepared)
-            if isinstance(item, Mapping) and any(kept != 1 for kept in item.get("attention_mask", ())):
-                raise ValueError("attention_mask: expected only 1, got others; give sequences without padding")
+            mask = _kept(item.get("attention_mask")) if isinstance(item, Mapping) else None
+            if mask is not None and (len(mask) != len(ids) or any(kept != 1 for kept in mask)):
+                raise ValueError(
+                    f"attention_mask: expected {len(ids)} times 1, got other values; give sequences without padding"
+                )
         except (ValueError, TypeError, KeyError) as error:
             return (), None, f"{type(error).__name__}: {error}"
         return ids, types, None
 
-    def _pack(self, rows: list[StreamRow]) -> RaggedBatch:
+    def _pack(self, encoders: Sequence[PackedEncoder], rows: list[StreamRow]) -> RaggedBatch:
         types = None
         if any(row.token_type_ids is not None for row in rows):
             types = [[0] * len(row.input_ids) if row.token_type_ids is None else row.token_type_ids for row in rows]
-        return self.pack_sequences([row.input_ids for row in rows], types)
+        return self._pack_lists(encoders, [row.input_ids for row in rows], types)
 
     def pack_sequences(
         self, sequences: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
     ) -> RaggedBatch:
         """What the executor runs, from lists of ids and token types without padding; raises ValueError for bad ones."""
+        return self._pack_lists(self.encoders, sequences, token_type_ids)
+
+    def _pack_lists(
+        self,
+        encoders: Sequence[PackedEncoder],
+        sequences: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]] | None,
+    ) -> RaggedBatch:
         if token_type_ids is not None:
             token_type_ids = [self._source[0].prepare_types(types) for types in token_type_ids]
-        return self.encoder.pack_sequences(sequences, token_type_ids, also=self.encoders[1:])
+        return encoders[0].pack_sequences(sequences, token_type_ids, also=encoders[1:])
 
 
 def _kept(values: Any) -> Any:

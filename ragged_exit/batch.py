@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -285,10 +286,11 @@ class RaggedBatch:
 
 
 def _flatten(name: str, sequences: Sequence[Sequence[int]]) -> Tensor:
-    flat = np.array(list(chain.from_iterable(sequences)))
-    if flat.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected whole numbers, got {flat.dtype}")
-    return torch.from_numpy(flat.astype(np.int64, copy=False))
+    try:
+        flat = np.fromiter(map(operator.index, chain.from_iterable(sequences)), np.int64)
+    except (TypeError, OverflowError) as error:
+        raise TypeError(f"{name}: expected whole numbers of at most 64 bits: {error}") from None
+    return torch.from_numpy(flat)
 
 
 def check_ids(name: str, ids: Tensor) -> None:

@@ -23,9 +23,10 @@ class UcbMaxProb(ExitRule):
     further exit), 0 at the first exit. Q(a) is the mean of the rewards received, 0 before any.
 
     The rows of a batch are chosen one after the other and learned from, in the same order, when all of them have left:
-    feedback is delayed, N counts rows whose reward is still to come, and batches of one row are the published
-    algorithm. ``pulls`` (N), ``rewarded`` (how many rewards came back) and ``reward_sum`` are the state; copies of the
-    rule share it, and it is saved with the rule. A row whose confidence is NaN teaches nothing.
+    feedback is delayed, N counts rows whose reward is still to come (or never comes, where a stream was left), and
+    batches of one row are the published algorithm. ``pulls`` (N), ``rewarded`` (how many rewards came back) and
+    ``reward_sum`` are the state; copies of the rule share it, and it is saved with the rule. A row whose confidence is
+    NaN teaches nothing.
     """
 
     arms: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -71,10 +72,11 @@ class UcbMaxProb(ExitRule):
             )
 
     def start(self, sample_ids: Tensor) -> Tensor:
-        return torch.tensor([self.arms[self._choose()] for _ in range(len(sample_ids))], dtype=torch.float32)
+        chosen = [self.arms[self._choose()] for _ in range(len(sample_ids))]
+        return torch.tensor(chosen, dtype=torch.float32, device="cpu")
 
     def learn(self, thresholds: Tensor, scores: Tensor, exit_index: Tensor) -> None:
-        arms = torch.tensor(self.arms, dtype=torch.float32)
+        arms = torch.tensor(self.arms, dtype=torch.float32, device="cpu")
         chosen = (thresholds.cpu()[:, None] - arms).abs().argmin(1)
         for arm, confidences, last in zip(chosen.tolist(), scores.tolist(), exit_index.tolist(), strict=True):
             reward = 0.0 if last == 0 else confidences[last] - confidences[0] - self._overhead(last)

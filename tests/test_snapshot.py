@@ -24,6 +24,7 @@ from tiny import (
     tiny_deebert,
 )
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import ragged_exit as rx
 
@@ -78,6 +79,20 @@ def test_a_module_that_does_more_with_its_weight_is_refused(place: str) -> None:
     with pytest.raises(ValueError, match="model: expected plain"):
         fast.refresh()
     assert_same_answers(fast(ids), expected)
+
+
+@pytest.mark.parametrize("name", ["backbone.encoder.layer.0.intermediate.dense.weight", "backbone.pooler_buffer"])
+def test_a_weight_without_memory_of_its_own_is_refused(name: str) -> None:
+    """As FSDP's and quantised ones: the kernels would read where nothing is."""
+    model = tiny_deebert()
+    value = TwoTensor(torch.ones(64, 32), torch.ones(64, 32))
+    owner, _, last = name.rpartition(".")
+    if "buffer" in name:
+        model.get_submodule(owner).register_buffer(last, value)
+    else:
+        setattr(model.get_submodule(owner), last, nn.Parameter(value))
+    with pytest.raises(ValueError, match=rf"model: expected plain tensors, and {name} is a TwoTensor"):
+        rx.accelerate(model)
 
 
 def test_other_classes_that_compute_the_same_are_taken() -> None:

@@ -25,6 +25,7 @@ from tiny import (
     one_thread,  # noqa: F401
     padded,
     random_rows,
+    randomise,
     roberta_config,
     tiny_deebert,
 )
@@ -183,7 +184,12 @@ BAD = {
     "types": ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "ValueError: token_type_ids: expected values in [0, 2)"),
     "type count": ({"input_ids": [5, 6], "token_type_ids": [0]}, "ValueError: token_type_ids: expected 2 values"),
     "type floats": ({"input_ids": [5], "token_type_ids": [0.5]}, "TypeError: token_type_ids: expected integers"),
-    "padding": ({"input_ids": [5, 0], "attention_mask": [1, 0]}, "ValueError: attention_mask: expected only 1"),
+    "padding": ({"input_ids": [5, 0], "attention_mask": [1, 0]}, "ValueError: attention_mask: expected 2 times 1"),
+    "mask count": ({"input_ids": [5], "attention_mask": [1, 1]}, "ValueError: attention_mask: expected 1 times 1"),
+    "mask of a batch": (
+        {"input_ids": [5, 6], "attention_mask": torch.ones(1, 2)},
+        "ValueError: attention_mask: expected 2 times 1",
+    ),
 }
 
 
@@ -273,6 +279,35 @@ def test_rows_may_be_given_in_one_buffer_again_and_again() -> None:
 
     for one, other in zip(fast.stream(reusing()), fast.stream(rows), strict=True):
         assert torch.equal(one.logits, other.logits)
+
+
+def test_ids_of_any_integer_type_may_meet_in_a_batch() -> None:
+    fast, rows = fast_model(), random_rows(20, 5)
+    kinds: list[Any] = [int, np.uint64, np.int8, np.uint8]
+    mixed = [[kinds[(row + place) % 4](token) for place, token in enumerate(ids)] for row, ids in enumerate(rows)]
+    for one, other in zip(fast.stream(mixed), fast.stream(rows), strict=True):
+        assert one.error is None and torch.equal(one.logits, other.logits)
+
+
+def test_a_refresh_in_mid_stream_is_for_the_next_one() -> None:
+    """The rows that are still to come are read, too, as the model was when the stream began."""
+    model = exiting(tiny_deebert())
+    fast, rows = rx.accelerate(model), random_rows(30, 5)
+    expected = [row.logits for row in fast.stream(rows)]
+
+    def refreshing() -> Iterator[list[int]]:
+        yield from rows[:20]
+        model.backbone.resize_token_embeddings(VOCAB + 20)
+        randomise(model, seed=5)
+        fast.refresh()
+        yield from rows[20:]
+        yield [VOCAB + 10]
+
+    *results, beyond = fast.stream(refreshing(), token_budget=30)
+    for result, logits in zip(results, expected, strict=True):
+        assert torch.equal(result.logits, logits)
+    assert f"expected values in [0, {VOCAB})" in beyond.error
+    assert next(fast.stream([[VOCAB + 10]])).error is None
 
 
 def test_answers_are_ordinary_tensors() -> None:

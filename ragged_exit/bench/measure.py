@@ -111,7 +111,7 @@ def check(measured: Measured, workload: Workload, expected: References, dtype: t
         same_labels = bool((labels == wanted_labels)[certain].all())
         exact = measured.max_logit_error <= MAX_LOGIT_ERROR and measured.wrong_exits == 0
         few_excused = int(excused.sum()) <= max(1, MAX_EXCUSED * rows)
-        measured.matches = same_labels and exact and few_excused
+        measured.matches = same_labels and exact and few_excused and bool(answers.logits.isfinite().all())
     else:
         loss = 0.0
         if workload.labels is not None:
@@ -141,7 +141,7 @@ def measure(
     for contender in contenders:
         on_step(f"checking {contender.name}")
         size = _best_size(contender, draw)
-        measured = Measured(contender, size, contender.run(_limited(check_on, contender), size))
+        measured = Measured(contender, size, _run(contender, _limited(check_on, contender), size))
         check(measured, check_on, expected, dtype)
         results.append(measured)
     for repeat in range(repeats):
@@ -171,8 +171,15 @@ def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:
 
 def _timed(contender: Contender, workload: Workload, size: int) -> tuple[float, Answers]:
     start = time.perf_counter()
-    answers = contender.run(workload, size)
+    answers = _run(contender, workload, size)
     return time.perf_counter() - start, answers
+
+
+def _run(contender: Contender, workload: Workload, size: int) -> Answers:
+    answers = contender.run(workload, size)
+    if not len(answers.logits) == len(answers.exit_layer) == len(workload):  # lost rows would look like speed
+        raise RuntimeError(f"{contender.name}: expected {len(workload)} answers, got {len(answers.logits)}")
+    return answers
 
 
 def _limited(workload: Workload, contender: Contender) -> Workload:

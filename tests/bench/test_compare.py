@@ -175,6 +175,40 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     other = right.exit_layer.clone()
     other[row] = 3 if other[row] != 3 else 2
     assert not verdict(Answers(right.logits, other))
+    expected = replace(expected, close=torch.arange(30) == row)  # it may have left elsewhere, but not with anything
+    assert verdict(Answers(right.logits, other))
+    nothing = right.logits.clone()
+    nothing[row] = torch.nan
+    assert not verdict(Answers(nothing, other))
+
+
+@pytest.mark.parametrize("kept", [0, 20, 60])
+def test_who_loses_rows_is_not_measured(model, rule, kept):
+    """Or repeats them; in the rows that are checked, or only in those that are timed."""
+    rows = workload(30, 5)
+    expected = measuring.references(model, rule, rows)
+    ragged = contenders(model, rx.accelerate(model, rule=rule))[-1]
+    runs = []
+
+    def losing(part: Workload, size: int) -> Answers:
+        runs.append(part)
+        answers = ragged.run(part, size)
+        if len(runs) <= honest:
+            return answers
+        return Answers(answers.logits.repeat(2, 1)[:kept], answers.exit_layer.repeat(2)[:kept])
+
+    for honest in (0, 1):
+        runs.clear()
+        with pytest.raises(RuntimeError, match=rf"ragged: expected 30 answers, got {kept}"):
+            measuring.measure(
+                [replace(ragged, run=losing, sizes=(256,))],
+                rows,
+                expected,
+                lambda number: workload(30, 6 + number),
+                repeats=1,
+                dtype=torch.float32,
+            )
+        assert len(runs) == honest + 1
 
 
 def test_few_rows_inside_the_margin_may_leave_elsewhere(model, rule):

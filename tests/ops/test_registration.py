@@ -229,6 +229,24 @@ def every_op(impl: str | None, device: str) -> list:
     ]
 
 
+def test_function_transforms_see_the_ops(impl, device):
+    """Inside them tensors have no memory that a kernel could read."""
+    weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+    x = torch.randn(3, 8, generator=seeded(1)).to(device)
+    with torch.inference_mode():
+        normed = add_layer_norm(x, None, weight, bias, 1e-5, impl=impl)
+
+    def loss(scale: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found = add_layer_norm(x, None, weight, bias, 1e-5, impl=impl)
+        return (found.clone() * scale).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(torch.ones((), device=device)), normed.sum())
+    with torch.inference_mode():
+        found = torch.func.functionalize(lambda value: add_layer_norm(value, None, weight, bias, 1e-5, impl=impl))(x)
+    assert_same_values(found, normed)
+
+
 def test_an_explicit_choice_never_falls_back(monkeypatch):
     monkeypatch.setattr(dispatch, "native_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -93,6 +93,17 @@ def test_an_accelerated_copy_shares_what_it_learns_and_saving_keeps_it(tmp_path)
     assert [fresh._choose() for _ in range(5)] == [loaded.rule._choose() for _ in range(5)]
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_it_learns_on_the_host_whatever_torchs_default_device_is(device: str) -> None:
+    rule = rx.UcbMaxProb(ARMS)
+    with torch.device(device):
+        thresholds = rule.start(torch.arange(5, device="cpu"))
+        assert thresholds.device.type == "cpu"
+        scores = torch.full((5, 4), 0.5, device="cpu")
+        rule.learn(thresholds, scores, torch.zeros(5, dtype=torch.int64, device="cpu"))
+    assert sum(rule.rewarded) == 5
+
+
 def test_thresholds_of_the_caller_win_and_teach_nothing() -> None:
     model = randomised(rx.ElasticBert(config_of("bert"), rx.UcbMaxProb(ARMS), exit_layers=LAYERS))
     fast = rx.accelerate(model, impl="reference")
