@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_CLAIM, _SCRATCH = "run.json", ".run.json"
+from filelock import FileLock, Timeout
+
+_CLAIM, _SCRATCH, _OUTCOME, _LOCK = "run.json", ".run.json", "outcome.json", ".lock"
 
 
 def read_claim(folder: Path, keys: Iterable[str], name: str) -> dict[str, Any] | None:
@@ -15,7 +19,7 @@ def read_claim(folder: Path, keys: Iterable[str], name: str) -> dict[str, Any] |
 
     Raises ValueError, naming the argument ``name``, for a folder with anything in it and no such claim: it is not ours.
     """
-    if not folder.exists() or all(path.name == _SCRATCH for path in folder.iterdir()):
+    if not folder.exists() or all(path.name in (_SCRATCH, _OUTCOME, _LOCK) for path in folder.iterdir()):
         return None
     try:
         found = json.loads((folder / _CLAIM).read_text())
@@ -30,6 +34,47 @@ def write_claim(folder: Path, run: dict[str, Any]) -> None:
     """Claim ``folder``, new or not, for ``run``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _CLAIM, run)
+
+
+@contextmanager
+def only_process(folder: Path, keys: Iterable[str], name: str) -> Iterator[None]:
+    """Nobody else is within this for ``folder``, which is made where it is not there, and goes if nothing comes in.
+
+    Raises ValueError, naming the argument ``name``, where another process is, or for what ``read_claim`` refuses.
+    """
+    read_claim(folder, keys, name)  # nothing is written into a folder that is not ours
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / _LOCK, blocking=False):
+            try:
+                yield
+            finally:
+                if folder.exists() and [path.name for path in folder.iterdir()] == [_LOCK]:
+                    shutil.rmtree(folder)
+    except Timeout:
+        raise ValueError(f"{name}: another process is at work in {folder}") from None
+
+
+def end_claim(folder: Path, outcome: Any) -> None:
+    """The run is over: delete its folder. Where that is cut short, ``read_outcome`` knows the JSON value ``outcome``.
+
+    The claim goes last but for the outcome, so that the folder stays ours.
+    """
+    write_json(folder / _OUTCOME, outcome)
+    kept = (_CLAIM, _OUTCOME, _LOCK)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in kept:
+            path.unlink()
+    (folder / _CLAIM).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def read_outcome(folder: Path) -> Any:
+    """What a run that is over came to, where deleting its folder was cut short; else None."""
+    outcome = folder / _OUTCOME
+    return json.loads(outcome.read_text()) if outcome.is_file() else None
 
 
 def write_json(path: Path, value: object) -> None:

@@ -81,9 +81,9 @@ def bench(
         with console.status("preparing") as status:
 
             def say(line: str) -> None:
-                status.update(line)
+                status.update(escape(line))
                 if not console.is_terminal:
-                    console.print(line, style="dim", highlight=False)
+                    console.print(line, style="dim", markup=False, highlight=False)
 
             prepared = prepare(model, data, say=say)
             report = run_bench(
@@ -98,7 +98,7 @@ def bench(
         for path, write in ((json, report.write_json), (plot, report.plot)):
             if path is not None:
                 write(path)
-                console.print(f"wrote {path}")
+                console.print(f"wrote {path}", markup=False, highlight=False)
 
 
 @app.command()
@@ -145,7 +145,7 @@ def fit(
             folds=folds,
             seed=seed,
             bf16=bf16,
-            say=lambda line: console.print(line, style="dim", highlight=False),
+            say=lambda line: console.print(line, style="dim", markup=False, highlight=False),
         )
         exits = exit_qualities(*fitted)
     table = Table("member", "layer", "layers run", *exits[0].metrics, title=f"{system} on validation rows, by exit")
@@ -153,7 +153,7 @@ def fit(
         figures = (f"{value:.4f}" for value in exit_.metrics.values())
         table.add_row(str(exit_.member), str(exit_.layer), str(exit_.executed_layers), *figures)
     console.print(table)
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}", markup=False, highlight=False)
 
 
 @app.command()
@@ -201,7 +201,9 @@ def score(
                 engine=run,
                 on_rows=lambda done, total: progress.update(task, completed=done, total=total),
             )
-    console.print(f"wrote {scored.rows:,} rows to {out}, {scored.errors:,} of them with an error", highlight=False)
+    console.print(
+        f"wrote {scored.rows:,} rows to {out}, {scored.errors:,} of them with an error", markup=False, highlight=False
+    )
 
 
 @app.command()
@@ -224,8 +226,8 @@ def calibrate(
         found = run_calibrate(
             model, data, max_loss=max_loss, confidence=confidence, speedup=speedup, max_length=max_length
         )
-    console.print(f"{found.rule}: {found.verdict}", highlight=False)
-    console.print(f"wrote {model / 'config.json'}")
+    console.print(f"{found.rule}: {found.verdict}", markup=False, highlight=False)
+    console.print(f"wrote {model / 'config.json'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -254,7 +256,7 @@ def inspect(
         "exits": loaded.num_exits,
     }
     for name, value in facts.items():
-        console.print(f"{name:<11} {value}", highlight=False)
+        console.print(f"{name:<11} {value}", markup=False, highlight=False)
     if counts:
         rows = sum(count for *_, count in counts)
         table = Table("member", "layer", "layers run", "rows", "share", title=f"where {rows:,} rows leave")

@@ -5,6 +5,7 @@ Nothing here knows a model: texts stay strings, labels become integers (classifi
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # The column of first texts, tried in this order when the caller keeps the default, and the column that is its partner.
 _PARTNER = {"text": "text2", "sentence": "sentence2", "text1": "text2", "sentence1": "sentence2"}
 _ID = "id"
+_LONGEST_CELL = 2**31 - 1  # as Arrow's
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,29 @@ def _read_table(path: Path, wanted: set[str]) -> pa.Table:
             return pa.parquet.read_table(path)
         if suffix == ".jsonl":
             return _read_jsonl(path, wanted)
+        if suffix == ".csv":
+            check_quotes(path)
         return pa.csv.read_csv(
             path, read_options=pa.csv.ReadOptions(block_size=block_size), **csv_options(suffix, wanted)
         )
     except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"{path}: not readable as {suffix[1:]}: {error}") from error
+
+
+def check_quotes(path: Path) -> None:
+    """Raise ValueError for a .csv with a quote that does not close: Arrow would take all that follows for one cell."""
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with path.open(
+            newline="", encoding="utf-8-sig", errors="surrogateescape"
+        ) as file:  # Arrow says what is no UTF-8
+            rows = csv.reader(file, strict=True)
+            for _ in rows:
+                pass
+    except csv.Error as error:
+        raise ValueError(f"{path}: not readable as csv: up to line {rows.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def csv_options(suffix: str, strings: Iterable[str]) -> dict[str, Any]:
@@ -294,7 +314,7 @@ def _labels(
         row = next((i for i, value in enumerate(values, start=1) if not math.isfinite(value)), None)
         if row is not None:
             raise ValueError(f"{path}: column {name!r} must hold finite numbers, got {values[row - 1]} in row {row}")
-        if all(value.is_integer() for value in values):
+        if all(value.is_integer() and abs(value) < 2**63 for value in values):
             return [int(value) for value in values], None
         return values, None
     assert written is not None

@@ -69,7 +69,8 @@ def tokenise(tokenizer: Any, data: TextData, *, max_length: int) -> Examples:
 def read_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a directory or a Hugging Face id.
 
-    Raises FileNotFoundError for a directory without one: transformers would invent one that knows no word.
+    Raises FileNotFoundError for a directory without one, since transformers would invent one that knows no word, and
+    ValueError for one that cannot be read.
     """
     path = Path(source)
     if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
@@ -77,15 +78,27 @@ def read_tokenizer(source: str | Path) -> Any:
             f"{path}: expected a tokenizer beside the model, found none of {', '.join(TOKENIZER_FILES)}; "
             "AutoTokenizer.from_pretrained(ENCODER).save_pretrained(...) puts the encoder's there"
         )
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except OSError:  # says what it did not find
+        raise
+    except Exception as error:  # whatever a broken file makes of its reader
+        raise ValueError(f"{source}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
 
 
 def token_limit(tokenizer: Any, max_length: int | None, encoders: Iterable[PackedEncoder | BackboneWeights]) -> int:
     """Where texts are cut: at ``max_length``, or where they were in training, and at what the position tables hold.
 
-    ``fit`` tells the tokenizer where texts were cut; for a tokenizer that was told nothing it is 512.
+    ``fit`` tells the tokenizer where texts were cut; for a tokenizer that was told nothing it is 512. Raises ValueError
+    where a pair's special tokens alone are more: tokenizers do not cut at all then.
     """
     if max_length is None:
         told = tokenizer.model_max_length
         max_length = 512 if told > LARGE_INTEGER else told  # transformers' way to say: unknown
-    return min(max_length, *(encoder.max_positions for encoder in encoders))
+    limit = min(max_length, *(encoder.max_positions for encoder in encoders))
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if limit < special:
+        raise ValueError(
+            f"max_length: expected at least {special} tokens, as many as a pair has without words, got {limit}"
+        )
+    return limit

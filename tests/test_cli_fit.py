@@ -175,6 +175,16 @@ def test_a_model_that_is_there_already_stays(system, encoder, reviews, tmp_path)
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_kill_while_the_work_is_deleted_leaves_a_finished_model(encoder, reviews, tmp_path):
+    arguments = ("--system", "deebert", encoder, reviews, tmp_path / "out", *SHORT, "--epochs", 1)
+    assert run(*arguments)[0] == 0
+    (tmp_path / "out" / "unfinished").mkdir()
+    (tmp_path / "out" / "unfinished" / "outcome.json").write_text("true")
+    code, output = run(*arguments)
+    assert code == 2 and "holds a model already" in " ".join(output.split())
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
 def test_another_systems_work_is_not_thrown_away(encoder, reviews, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("ragged_exit.models.base.EarlyExitModel.save_pretrained", None)  # after all epochs

@@ -178,6 +178,11 @@ def test_texts_ids_and_label_names_come_through_as_written(tmp_path, suffix):
     assert data.label_names == names[:2] and data.labels == [0, 1] * 3
 
 
+def test_whole_numbers_beyond_64_bits_are_targets(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": ["a", "b"], "label": [float(2**70), 1.0]})
+    assert read_text_data(path).labels == [float(2**70), 1.0]
+
+
 def test_booleans_in_csv_stay_as_written(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\na,True\nb,False\n")
     assert read_text_data(tmp_path / "a.csv").label_names == ["False", "True"]
@@ -251,6 +256,8 @@ def test_labels_may_be_absent_only_on_request(tmp_path, suffix):
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": -Infinity}\n', "'label' has no value in row 2"),
         ("a.csv", "text,text,label\na,b,1\n", "column 'text' is there 2 times"),
         ("a.csv", "text,label\na,1,extra\n", "not readable as csv.*Expected 2 columns, got 3"),
+        ("a.csv", 'label,text\n1,good\n0,"bad\n1,fine\n', "not readable as csv: up to line 4: unexpected end of data"),
+        ("a.csv", 'text,label\n"bad,0\nso "so",1\n', "not readable as csv: up to line 3: ',' expected after '\"'"),
         ("a.csv", "text,label\n\udce9,1\n", "not readable as csv.*UTF8"),
         ("a.csv", "text,label\n", "the file is empty"),
         ("a.csv", "", "the file is empty"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from ragged_exit.claims import read_claim, write_claim, write_json
+from ragged_exit.claims import end_claim, only_process, read_claim, read_outcome, write_claim, write_json
 from ragged_exit.integrations.scorer import ScoreOptions, Scorer
 from ragged_exit.integrations.shards import check_suffix, check_tsv_ids, join, split, write_whole
 
@@ -65,15 +65,37 @@ def score_file(
     writes. on_rows: told (rows done, rows in all) as shards finish.
 
     Raises ValueError for file names that are no table's, unreadable input, ids that a .tsv cannot hold (empty, or with
-    a tab or line break), an ``out`` that is there already, a folder of that name with anything else in it, or answers
-    of a run with other arguments there; FileNotFoundError without an input.
+    a tab or line break), an ``out`` that is there already, a folder of that name with anything else in it, answers of a
+    run with other arguments there, or another process that is at work there; FileNotFoundError without an input.
     """
     check_suffix(source, "in")
     check_suffix(out, "out")
     if not source.is_file():
         raise FileNotFoundError(f"in: no file {source}")
+    source, out = source.resolve(), out.resolve()  # workers have working directories of their own
+    if Path(options.model).exists():
+        options = replace(options, model=str(Path(options.model).resolve()))
     folder = out.with_name(out.name + ".parts")
-    _claim(folder, out, options, source, text, text2)
+    run = _description(options, source, text, text2)
+    with only_process(folder, run, "out"):
+        if (scored := read_outcome(folder)) is None:
+            _claim(folder, out, run)
+            scored = _score(options, source, out, folder, text, text2, engine, on_rows)
+        end_claim(folder, scored)
+    return Scored(*scored)
+
+
+def _score(
+    options: ScoreOptions,
+    source: Path,
+    out: Path,
+    folder: Path,
+    text: str,
+    text2: str | None,
+    engine: Engine,
+    on_rows: Callable[[int, int], None],
+) -> Scored:
+    """``score_file`` where ``folder`` is ours."""
     sources = _split_once(source, folder, text, text2)
     if out.suffix.lower() == ".tsv":
         check_tsv_ids(sources)
@@ -85,22 +107,24 @@ def score_file(
     for rows in engine(options, missing) if missing else ():
         done += rows
         on_rows(done, total)
-    join((Path(shard.target) for shard in shards), out)
-    errors = sum(_errors_of(shard.target) for shard in shards)
-    shutil.rmtree(folder)
-    return Scored(total, errors)
+    join((Path(shard.target) for shard in shards), out, folder)
+    return Scored(total, sum(_errors_of(shard.target) for shard in shards))
 
 
-def _claim(folder: Path, out: Path, options: ScoreOptions, source: Path, text: str, text2: str | None) -> None:
-    """Claim ``folder`` for this run, unless another run has answers there: one that answered nothing is in no way."""
+def _description(options: ScoreOptions, source: Path, text: str, text2: str | None) -> dict[str, Any]:
+    """All that decides the answers, as JSON."""
     stat = source.stat()
     weights = [[path.name, _digest(path)] for path in sorted(Path(options.model).glob("*")) if path.is_file()]
-    run = {
+    return {
         "options": options.as_dict(),
         "model": weights,
-        "in": [str(source.resolve()), stat.st_size, stat.st_mtime_ns],
+        "in": [str(source), stat.st_size, stat.st_mtime_ns],
         "columns": [text, text2],
     }
+
+
+def _claim(folder: Path, out: Path, run: dict[str, Any]) -> None:
+    """Claim ``folder`` for this run, unless another run has answers there: one that answered nothing is in no way."""
     found = read_claim(folder, run, "out")
     if found == run:
         return

@@ -64,7 +64,7 @@ class Scorer:
         """
         missing = _missing(texts)
         encoded = self._encode(texts, missing)
-        rows = list(self.fast.stream(encoded, self.options.token_budget))
+        rows = [_checked(row) for row in self.fast.stream(encoded, self.options.token_budget)]
         logits = [None if row.logits is None else row.logits.tolist() for row in rows]
         answer = pa.array(
             [_answer(row, self.regression) for row in rows], pa.float32() if self.regression else pa.int64()
@@ -103,6 +103,13 @@ def _missing(texts: pa.Table) -> list[str | None]:
     names = [name for name in ("text", "text2") if name in texts.column_names]
     rows = zip(*(texts.column(name).is_valid().to_pylist() for name in names), strict=True)
     return [None if all(row) else f"{names[row.index(False)]}: {_NO_TEXT}" for row in rows]
+
+
+def _checked(row: RowResult) -> RowResult:
+    """An answer that is no number is none: NaN has no class."""
+    if row.logits is None or bool(row.logits.isfinite().all()):
+        return row
+    return RowResult(row.index, error=f"the model answered {row.logits.tolist()}, expected finite numbers")
 
 
 def _answer(row: RowResult, regression: bool) -> float | int | None:

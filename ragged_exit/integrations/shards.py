@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.parquet
 
-from ragged_exit.data import SUFFIXES, as_written, csv_options, json_lines, text_columns
+from ragged_exit.data import SUFFIXES, as_written, check_quotes, csv_options, json_lines, text_columns
 
 SHARD_ROWS = 4096
 SHARD_BYTES = 1 << 26  # of long texts fewer rows, so that memory stays flat
@@ -40,6 +41,8 @@ def split(source: Path, folder: Path, text: str, text2: str | None, *, shard_row
     written; what is no text (a list or object in jsonl, bytes that are not UTF-8 in parquet) is null. Raises ValueError
     for a column that is not there, or a file that cannot be read.
     """
+    if source.suffix.lower() == ".csv":
+        check_quotes(source)
     block_size = 1 << 20
     while True:
         try:
@@ -74,12 +77,13 @@ def _split(batches: Iterable[pa.RecordBatch], folder: Path, shard_rows: int) -> 
     return paths
 
 
-def join(parts: Iterable[Path], out: Path) -> None:
+def join(parts: Iterable[Path], out: Path, folder: Path) -> None:
     """Write the shards ``parts``, in their order, to one .parquet, .jsonl, .csv or .tsv file, whole or not at all.
 
+    folder: on the same disk, where what is not whole yet lies.
     In a .tsv a tab or line break inside a cell becomes a space; see ``check_tsv_ids``.
     """
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    scratch = folder / out.name
     tables = (pa.parquet.read_table(part) for part in parts)
     writers = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": _write_csv, ".tsv": _write_tsv}
     writers[out.suffix.lower()](tables, scratch)
@@ -108,22 +112,35 @@ def _publish(scratch: Path, path: Path) -> None:
 
 def _read(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
     """Batches of the columns text[, text2][, id], as strings."""
-    read = _read_jsonl if source.suffix.lower() == ".jsonl" else _read_dataset
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     try:
-        yield from read(source, text, text2, block_size)
+        yield from readers.get(source.suffix.lower(), _read_csv)(source, text, text2, block_size)
     except (pa.ArrowException, OSError) as error:
         if "straddling object" in str(error) and block_size < _LARGEST_BLOCK:
             raise _RowTooLong from error
         raise ValueError(f"{source}: not readable: {error}") from error
 
 
-def _read_dataset(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
-    names = pa.dataset.dataset(source, format=_format(source, (), block_size)).schema.names
-    columns = _columns(source, names, text, text2)
-    table = pa.dataset.dataset(source, format=_format(source, columns.values(), block_size))
+def _read_csv(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
+    """A .csv or .tsv: columns of texts stay texts."""
+
+    def table(strings: Iterable[str]) -> pa.dataset.Dataset:
+        options = csv_options(source.suffix.lower(), strings)
+        reading = pa.csv.ReadOptions(block_size=block_size)
+        return pa.dataset.dataset(source, format=pa.dataset.CsvFileFormat(read_options=reading, **options))
+
+    columns = _columns(source, table(()).schema.names, text, text2)
     wanted = {name: pa.dataset.field(column) for name, column in columns.items()}
-    for batch in table.to_batches(columns=wanted):
+    for batch in table(columns.values()).to_batches(columns=wanted):
         yield pa.record_batch({name: _strings(name, batch.column(name)) for name in columns})
+
+
+def _read_parquet(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
+    """A few rows at a time, whatever the row groups: Arrow's datasets would read gigabytes ahead."""
+    file = pa.parquet.ParquetFile(source)
+    columns = _columns(source, file.schema_arrow.names, text, text2)
+    for batch in file.iter_batches(batch_size=SHARD_ROWS, columns=list(columns.values())):
+        yield pa.record_batch({name: _strings(name, batch.column(column)) for name, column in columns.items()})
 
 
 def _strings(name: str, cells: pa.Array) -> pa.Array:
@@ -177,20 +194,11 @@ def _columns(source: Path, names: Sequence[str], text: str, text2: str | None) -
     """The names that the columns have in ``source``, by the names that they have in shards."""
     text, text2 = text_columns(names, text, text2)
     columns = {"text": text} | ({} if text2 is None else {"text2": text2}) | ({"id": "id"} if "id" in names else {})
-    missing = [column for column in columns.values() if column not in names]
-    if missing:
-        raise ValueError(f"{source}: no column {missing[0]!r}; the file has the columns {names}")
+    for column in columns.values():
+        if names.count(column) != 1:
+            problem = "no column" if column not in names else "more than one column"
+            raise ValueError(f"{source}: {problem} {column!r}; the file has the columns {names}")
     return columns
-
-
-def _format(source: Path, strings: Iterable[str], block_size: int) -> Any:
-    """How to read ``source``; the columns ``strings`` stay text."""
-    suffix = source.suffix.lower()
-    if suffix == ".parquet":
-        return "parquet"
-    return pa.dataset.CsvFileFormat(
-        read_options=pa.csv.ReadOptions(block_size=block_size), **csv_options(suffix, strings)
-    )
 
 
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -216,7 +224,13 @@ def _write_parquet(tables: Iterable[pa.Table], path: Path) -> None:
 def _write_jsonl(tables: Iterable[pa.Table], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for table in tables:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+            rows = ({name: _json_value(value) for name, value in row.items()} for row in table.to_pylist())
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _json_value(value: Any) -> Any:
+    """A score that is no number is null: JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_csv(tables: Iterable[pa.Table], path: Path) -> None:

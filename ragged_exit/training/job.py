@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import set_seed
 
 from ragged_exit.backbones import backbone_weights
-from ragged_exit.claims import read_claim, write_claim
+from ragged_exit.claims import end_claim, read_claim, read_outcome, write_claim
 from ragged_exit.data import count_outputs, read_text_data, split_by_hash
 from ragged_exit.examples import Examples, read_tokenizer, token_limit, tokenise
 from ragged_exit.models.base import SYSTEMS, EarlyExitModel
@@ -66,6 +65,8 @@ def run_fit(
     if system == "fastbert" and pooling != "cls":
         raise ValueError("pooling: fastbert's heads see all tokens, and are asked for none")
     run = out / RUN_FOLDER
+    if (outcome := read_outcome(run)) is not None:  # the model is there, and only deleting the rest was cut short
+        end_claim(run, outcome)
     if (out / "config.json").exists() and not run.exists():  # with it the end of a run was cut short
         raise ValueError(f"out: {out} holds a model already; delete it or give another folder")
     text = read_text_data(data)
@@ -96,7 +97,7 @@ def run_fit(
     model.save_pretrained(out)
     tokenizer.model_max_length = limit  # what the exits were trained on is where texts are cut from now on
     tokenizer.save_pretrained(out)
-    shutil.rmtree(run)
+    end_claim(run, True)
     return Fitted(model, valid)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv
@@ -17,9 +21,11 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import ragged_exit as rx
+from ragged_exit.claims import end_claim
 from ragged_exit.cli import app
 from ragged_exit.integrations import score as score_module
 from ragged_exit.integrations import shards
+from ragged_exit.integrations.ray_engine import _check_room
 from ragged_exit.integrations.score import score_file
 from ragged_exit.integrations.scorer import ScoreOptions
 from ragged_exit.integrations.shards import split
@@ -274,6 +280,118 @@ def test_a_raised_engine_keeps_what_is_done(checkpoint, tmp_path, small_shards):
     assert seen[0] >= 32 and seen[-1] == 80  # two shards at least were not done again
 
 
+def test_a_kill_while_the_parts_are_deleted_is_no_failure(checkpoint, tmp_path, monkeypatch):
+    source, out = write(tmp_path / "in.parquet", [*texts(4), None]), tmp_path / "out.csv"
+
+    def killed(folder, outcome):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            end_claim(folder, outcome)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(score_module, "end_claim", killed)
+        score_file(ScoreOptions(str(checkpoint)), source, out)
+    assert out.exists() and (tmp_path / "out.csv.parts").exists()
+    assert score_file(ScoreOptions(str(checkpoint)), source, out) == (5, 1)
+    assert not (tmp_path / "out.csv.parts").exists()
+
+
+def test_two_runs_do_not_write_one_file(checkpoint, tmp_path):
+    source, out = write(tmp_path / "in.parquet", texts(4)), tmp_path / "out.csv"
+
+    def second(options, shards):
+        with pytest.raises(ValueError, match="out: another process is at work in"):
+            score_file(ScoreOptions(str(checkpoint), threshold=100.0), source, out)
+        yield from score_module.score_locally(options, shards)
+
+    score_file(ScoreOptions(str(checkpoint)), source, out, engine=second)
+    assert len(read(out)) == 4
+
+
+def test_workers_may_have_other_working_directories(checkpoint, tmp_path, monkeypatch):
+    write(tmp_path / "in.csv", texts(4))
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def elsewhere(options, shards):
+        seen.extend((options.model, *shards[0]))
+        with monkeypatch.context() as patch:
+            patch.chdir("/")
+            yield from score_module.score_locally(options, shards)
+
+    score_file(ScoreOptions(checkpoint.name), Path("in.csv"), Path("out.csv"), engine=elsewhere)
+    assert all(Path(path).is_absolute() for path in seen) and len(read(tmp_path / "out.csv")) == 4
+
+
+def test_a_failed_join_leaves_nothing_beside_the_output(checkpoint, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.csv", texts(4))
+    before = set(tmp_path.iterdir())
+
+    def full(tables, path):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(shards, "_write_jsonl", full)
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl")
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out.jsonl.parts"}
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (4, 0)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out.jsonl"}
+
+
+def test_an_answer_that_is_no_number_is_an_error(checkpoint, tmp_path):
+    model = rx.load(checkpoint)
+    word = AutoTokenizer.from_pretrained(checkpoint)("good")["input_ids"][1]
+    with torch.no_grad():
+        model.backbone.embeddings.word_embeddings.weight[word] = math.nan
+    model.save_pretrained(checkpoint)
+    source = write(tmp_path / "in.csv", ["bad film", "good film"])
+    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (2, 1)
+    fine, bad = read(tmp_path / "out.jsonl")
+    assert fine["error"] is None and bad["error"] == "the model answered [nan, nan], expected finite numbers"
+    assert bad["label"] is None and bad["logits"] is None and bad["score"] is None
+
+
+def test_a_score_that_is_no_number_is_null_in_json(tmp_path):
+    table = pa.table({"id": ["0", "1"], "score": pa.array([math.nan, 0.5], pa.float32())})
+    shards.write_whole(tmp_path / "part.parquet", table)
+    shards.join([tmp_path / "part.parquet"], tmp_path / "out.jsonl", tmp_path)
+    assert read(tmp_path / "out.jsonl") == [{"id": "0", "score": None}, {"id": "1", "score": 0.5}]
+
+
+def test_a_large_row_group_is_read_in_pieces(tmp_path):
+    path = write(tmp_path / "in.parquet", texts(20_000))
+    assert pa.parquet.ParquetFile(path).num_row_groups == 1
+    assert max(map(len, shards._read(path, "text", None, 1 << 20))) == shards.SHARD_ROWS
+
+
+def test_two_columns_of_one_name_are_refused(checkpoint, tmp_path):
+    cells = pa.array(["good", "bad"])
+    pa.parquet.write_table(pa.Table.from_arrays([cells, cells], names=["text", "text"]), tmp_path / "in.parquet")
+    (tmp_path / "in.csv").write_text("text,text\ngood,bad\n")
+    for name, told in (("in.parquet", "more than one column 'text'"), ("in.csv", "multiple columns named text")):
+        with pytest.raises(ValueError, match=rf"{name}: .*{told}"):
+            score_file(ScoreOptions(str(checkpoint)), tmp_path / name, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "gpus", "told"),
+    [(2, 1, 0, None), (1, 4, 0, None), (2, 3, 0, "threads: 2 workers .* 6 CPUs.* has 4"), (1, 1, 1, "gpus: .* has 0")],
+)
+def test_workers_that_this_machine_has_no_room_for_are_refused(workers, threads, gpus, told):
+    """Ray would wait for ever."""
+    with contextlib.nullcontext() if told is None else pytest.raises(ValueError, match=told):
+        _check_room({"CPU": 4.0, "memory": 1e9}, workers, {"threads": threads, "gpus": gpus})
+
+
+def test_names_with_brackets_are_written_and_told(checkpoint, tmp_path):
+    write(tmp_path / "in.csv", ["good"])
+    out = tmp_path / "out[bold][" / "x].csv"
+    out.parent.mkdir()
+    result = CliRunner().invoke(app, ["score", str(checkpoint), str(tmp_path / "in.csv"), str(out)])
+    assert result.exit_code == 0 and out.exists() and "out[bold][/x].csv" in "".join(result.output.split())
+
+
 def test_another_runs_parts_are_refused(checkpoint, tmp_path, small_shards):
     source = write(tmp_path / "in.parquet", texts(40))
 
@@ -356,6 +474,7 @@ def test_killed_three_times_and_resumed_is_uninterrupted(checkpoint, tmp_path):
         ("in.txt", "a", "in: expected a file that ends in"),
         ("in.csv", "words\na\n", "no column 'text'"),
         ("in.csv", "text\n", "no rows"),
+        ("in.csv", 'id,text\n1,good\n2,"bad\n3,fine\n', "unexpected end of data"),
         ("in.parquet", "not parquet", "not readable"),
         (None, "", "in: no file"),
     ],

@@ -70,3 +70,18 @@ def test_the_same_bytes_with_a_worker_killed_midway(tmp_path, monkeypatch, clust
     assert len(seen) >= 2
     score_file(ScoreOptions(str(checkpoint)), source, local)
     assert out.read_bytes() == local.read_bytes()
+
+
+def test_options_that_do_not_fit_are_told_before_a_cluster_starts(tmp_path):
+    from ragged_exit.integrations.ray_engine import ray_engine
+
+    checkpoint, source = save_checkpoint(tmp_path / "model"), tmp_path / "in.parquet"
+    pa.parquet.write_table(pa.table({"text": texts(20)}), source)
+    with pytest.raises(ValueError, match="threshold: expected numbers, got NaN"):
+        score_file(
+            ScoreOptions(str(checkpoint), threshold=float("nan")),
+            source,
+            tmp_path / "out.csv",
+            engine=ray_engine(workers=1),
+        )
+    assert not ray.is_initialized()
