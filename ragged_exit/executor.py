@@ -139,15 +139,17 @@ class RaggedExecutor:
         on_decision sees each stage's decision as it is made (calibration's view).
         """
         cohorts = [batch] if on_decision is not None else self._cohorts(batch)
-        flight = deque(self.launch(0, cohort, on_decision) for cohort in cohorts)
+        flight = deque(self.launch(0, cohort) for cohort in cohorts)
         departures: list[Departure] = []
         lessons: list[Lesson] = []
         while flight:
             launched = flight.popleft()
+            if on_decision is not None:
+                on_decision(launched.decision)
             departure, survivors = self.settle(launched, lessons)
             departures.append(departure)
             if survivors is not None:
-                flight.append(self.launch(launched.number + 1, survivors.compacted(), on_decision))
+                flight.append(self.launch(launched.number + 1, survivors.compacted()))
         return conclude(batch.rows, departures, lessons)
 
     def _cohorts(self, batch: RaggedBatch) -> list[RaggedBatch]:
@@ -161,14 +163,7 @@ class RaggedExecutor:
         half = min(batch.rows - 1, 1 + int(torch.searchsorted(batch.seqlens.cumsum(0), batch.tokens // 2)))  # rows
         return [batch.part(0, half), batch.part(half, batch.rows)]
 
-    def launch(
-        self,
-        number: int,
-        batch: RaggedBatch,
-        on_decision: Callable[[ExitDecision], None] | None = None,
-        *,
-        first_id: int = 0,
-    ) -> Launched:
+    def launch(self, number: int, batch: RaggedBatch, *, first_id: int = 0) -> Launched:
         """Queue stage ``number`` on the rows that wait before it. Nothing is read from the device.
 
         first_id: what was added to the ``sample_ids`` with which the caller's batch came, as rules see them.
@@ -183,8 +178,6 @@ class RaggedExecutor:
         of_means = isinstance(stage.head, MlpHead) and stage.head.pooling == "mean"
         means = self._run_layers(stage.encoder, stage.layers, batch, with_means=of_means)
         batch, decision = self._ask(stage, batch, means, number == len(self.stages) - 1)
-        if on_decision is not None:
-            on_decision(decision)
         of_rows = (batch.sample_ids, decision.logits, decision.score)
         answers = ToHost([*(value[: batch.rows] for value in of_rows), decision.live, decision.exits[: batch.rows]])
         return Launched(number, batch, decision, answers, thresholds)

@@ -1,4 +1,4 @@
-"""Which rows run together: windows sorted by length, cut into batches of at most a token budget."""
+"""Which rows run together: sorted by length, cut into batches of at most a token budget."""
 
 from __future__ import annotations
 

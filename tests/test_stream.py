@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
@@ -287,6 +288,33 @@ def test_ids_of_any_integer_type_may_meet_in_a_batch() -> None:
     mixed = [[kinds[(row + place) % 4](token) for place, token in enumerate(ids)] for row, ids in enumerate(rows)]
     for one, other in zip(fast.stream(mixed), fast.stream(rows), strict=True):
         assert one.error is None and torch.equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_several_threads_share_one_model(impl: str) -> None:
+    fast, rows = rx.accelerate(exiting(tiny_deebert()), impl=impl), random_rows(60, 5)
+    expected = list(fast.stream(rows, token_budget=50))
+
+    def work(number: int) -> list[rx.RowResult]:
+        torch.set_num_threads(1)  # a thread's own
+        found = []
+        for _ in range(5):
+            found = list(fast.stream(rows, token_budget=50))
+            fast(*padded(rows[number : number + 7]))
+        return found
+
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(work, range(4)):
+            for one, other in zip(found, expected, strict=True):
+                assert one.exit_layer == other.exit_layer
+                torch.testing.assert_close(one.logits, other.logits, **CLOSE)
+
+
+def test_what_a_stream_leaves_behind_is_bounded() -> None:
+    fast, budget = rx.accelerate(exiting(tiny_deebert())), 64
+    list(fast.stream(random_rows(300, 5), token_budget=budget))
+    kept = sum(buffer.numel() for buffer, _ in fast.executor.buffers._spare)
+    assert 0 < kept <= (len(fast.executor.stages) + 2) * budget * 32
 
 
 def test_a_refresh_in_mid_stream_is_for_the_next_one() -> None:

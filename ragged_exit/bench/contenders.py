@@ -128,7 +128,7 @@ def _shrink_by_mask(
             hidden = output[0] if isinstance(output, tuple) else output
         done = depth
         answer = head(hidden, attention_mask, model.pooling)
-        leaves = _leaves(answer, rule, depth - 1, final=number == len(exits) - 1)
+        leaves = _leaves(answer, rule, number, final=number == len(exits) - 1)
         logits[rows[leaves]], exit_layer[rows[leaves]] = answer[leaves].float(), depth
         stays = ~leaves
         rows, hidden, attention_mask = rows[stays], hidden[stays], attention_mask[stays]
@@ -164,7 +164,7 @@ def ragged(fast: AcceleratedModel, executor: RaggedExecutor) -> Run:
         pools = SurvivorPools(executor, token_budget, max_wait=len(rows))
         finished = []
         for part in (workload.select(part) for part in rows):
-            finished += pools.put(fast.encoder.pack_sequences(part.sequences, part.token_type_ids))
+            finished += pools.put(fast.pack_sequences(part.sequences, part.token_type_ids))
         records = [item.record for item in sorted(finished + pools.flush(), key=lambda item: item.number)]
         return _in_order(rows, [record.logits for record in records], [record.exit_layer for record in records])
 

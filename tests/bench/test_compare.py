@@ -98,6 +98,20 @@ def test_other_backbones_are_compared_too(config):
     assert found.roofline_fraction > 0
 
 
+def test_exits_on_some_layers_with_a_threshold_each():
+    torch.manual_seed(0)
+    model = rx.DeeBert(BertConfig(**SIZES, num_labels=2), rx.Entropy(0.0), exit_layers=[2, 3]).eval()
+    rows = workload(30, 5)
+    table = exit_table(rx.accelerate(model), rows.sequences)
+    rule = rx.Entropy([float(table.scores[0].median()), 0.0])
+    expected = measuring.references(model, rule, rows)
+    assert expected.exits.exit_layer.unique().tolist() == [2, 3]
+    for contender in contenders(model, rx.accelerate(model, rule=rule)):
+        measured = measuring.Measured(contender, 8, contender.run(rows, 8))
+        measuring.check(measured, rows, expected, torch.float32)
+        assert measured.matches, contender.name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_prepacked_linears_are_the_same_model(model, dtype):
     plain = copy.deepcopy(model).to(dtype)

@@ -384,6 +384,22 @@ def test_workers_that_this_machine_has_no_room_for_are_refused(workers, threads,
         _check_room({"CPU": 4.0, "memory": 1e9}, workers, {"threads": threads, "gpus": gpus})
 
 
+def test_options_of_the_command_line(checkpoint, tmp_path):
+    source = write(tmp_path / "in.csv", texts(30, 3), body=texts(30, 1), other=texts(30, 2))
+    arguments = {"text": "body", "text2": "other", "threshold": 0.3, "max-length": 9, "token-budget": 50, "threads": 1}
+    options = [item for name, value in arguments.items() for item in (f"--{name}", str(value))]
+    result = CliRunner().invoke(app, ["score", str(checkpoint), str(source), str(tmp_path / "out.jsonl"), *options])
+    assert result.exit_code == 0, result.output
+    told = ScoreOptions(str(checkpoint), threshold=0.3, max_length=9, token_budget=50)
+    score_file(told, source, tmp_path / "wanted.jsonl", text="body", text2="other")
+    score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "others.jsonl")
+    assert read(tmp_path / "out.jsonl") == read(tmp_path / "wanted.jsonl") != read(tmp_path / "others.jsonl")
+    result = CliRunner().invoke(
+        app, ["score", str(checkpoint), str(source), str(tmp_path / "a.csv"), "--patience", "2"]
+    )
+    assert result.exit_code == 2 and "patience: the rule Entropy has no such field" in " ".join(result.output.split())
+
+
 def test_names_with_brackets_are_written_and_told(checkpoint, tmp_path):
     write(tmp_path / "in.csv", ["good"])
     out = tmp_path / "out[bold][" / "x].csv"

@@ -165,7 +165,7 @@ def _answers(fast: AcceleratedModel, examples: Examples) -> ExitRecord:
     records = []
     for rows in parts:
         part = examples.select(rows)
-        records.append(fast.executor.run(fast.encoder.pack_sequences(part.sequences, part.token_type_ids)))
+        records.append(fast.executor.run(fast.pack_sequences(part.sequences, part.token_type_ids)))
     order = torch.tensor([row for rows in parts for row in rows]).argsort()
     return ExitRecord(*(torch.cat(column)[order] for column in zip(*records, strict=True)))
 
