@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import HeadWeights, MlpHead
@@ -193,18 +194,28 @@ def decision(outputs: tuple[Tensor, ...], counts: bool) -> ExitDecision:
 
 def row_threshold(batch: RaggedBatch, rule: ExitRule, exit_index: int) -> Tensor:
     """f32 ``[1]``, or ``[Bcap]`` where the batch carries thresholds of its own."""
-    threshold = batch.state.get("threshold")
-    if threshold is None:
-        value, device = rule.threshold_at(exit_index), batch.device
+    if "threshold" in batch.state:
+        return _row_state(batch, "threshold", torch.float32)
+    value, device = rule.threshold_at(exit_index), batch.device
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return _filled(value, device)  # it may be fake, and must not be met by a call that is not
+    if device.type != "cuda":
+        return _constant(value, device, 0)
+    with torch.cuda.device(device):
         # a CUDA graph would fill the cached one only when it is replayed, and read it after it has left the cache
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return (_constant.__wrapped__ if capturing else _constant)(value, device)
-    return _row_state(batch, "threshold", torch.float32)
+        if torch.cuda.is_current_stream_capturing():
+            return _filled(value, device)
+        return _constant(value, device, torch.cuda.current_stream().cuda_stream)
 
 
 @functools.lru_cache(maxsize=4096)
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.full((1,), value, dtype=torch.float32, device=device)  # cached, and filled there: no copy to wait for
+def _constant(value: float, device: torch.device, stream: int) -> Tensor:
+    """``_filled``, kept for its stream: another one could read it before it is filled."""
+    return _filled(value, device)
+
+
+def _filled(value: float, device: torch.device) -> Tensor:
+    return torch.full((1,), value, dtype=torch.float32, device=device)  # filled there: no copy to wait for
 
 
 def rule_state(batch: RaggedBatch, rule: ExitRule) -> tuple[Tensor | None, Tensor | None]:

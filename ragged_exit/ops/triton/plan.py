@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -53,6 +55,7 @@ def scan_plan(cu_ptr, live_ptr, out, row_capacity, BLOCK: tl.constexpr):
 
 _ARENA = 1 << 18  # 1 MiB of tickets a device: a captured call takes 1 + row blocks of them, for good
 _arenas: dict[torch.device, Tensor] = {}  # what is left to hand out
+_arenas_lock = threading.Lock()
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -67,9 +70,10 @@ def tickets(count: int, device: torch.device) -> Tensor:
     stream = 0
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
-        if device not in _arenas:
-            _arenas[device] = torch.zeros(_ARENA, dtype=torch.int32, device=device)
-            torch.cuda.synchronize(device)  # once a device: every stream must find the zeros
+        with _arenas_lock:
+            if device not in _arenas:
+                _arenas[device] = torch.zeros(_ARENA, dtype=torch.int32, device=device)
+                torch.cuda.synchronize(device)  # once a device: every stream must find the zeros
     key = (device, stream)
     if key not in _by_stream or _by_stream[key].numel() < count:
         _by_stream[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
@@ -79,8 +83,9 @@ def tickets(count: int, device: torch.device) -> Tensor:
 def _captured_tickets(count: int, device: torch.device) -> Tensor:
     # the next slice is 16-byte aligned too: else the kernel would be compiled again, in the capture
     count += -count % 4
-    arena = _arenas.get(device)
-    if arena is None or arena.numel() < count:
-        return torch.zeros(count, dtype=torch.int32, device=device)  # no warm-up, or used up: the graph fills them
-    taken, _arenas[device] = arena.split((count, arena.numel() - count))
-    return taken
+    with _arenas_lock:
+        arena = _arenas.get(device)
+        if arena is not None and arena.numel() >= count:
+            taken, _arenas[device] = arena.split((count, arena.numel() - count))
+            return taken
+    return torch.zeros(count, dtype=torch.int32, device=device)  # no warm-up, or used up: the graph fills them
