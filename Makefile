@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0  # the oldest supported, the pinned and the newest supported
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: bench test lint format fuzz ray peers quality aot gpu gpu-build gpu-tests gpu-kernels gpu-encoder clean $(TRITONS:%=aot-%)
+.PHONY: bench test lint format fuzz ray peers quality aot gpu gpu-build gpu-kernels gpu-encoder gpu-tests gpu-sanitizer clean $(TRITONS:%=aot-%)
 
 bench: $(STAMP)  ## score the embedded default, print the table, write the picture
 	$(BIN)/ragged-exit bench --json ragged_exit_bench.json --plot ragged_exit_bench.png
@@ -50,22 +50,40 @@ $(TRITONS:%=aot-%): aot-%: .aot/triton-%/.installed
 	touch $@
 
 # On a CUDA machine: in place, with what is installed there; no network, no virtual environment, no git. Each part is a
-# target. Most of the tests' time goes into compiling kernels: PYTEST_ADDOPTS="-n 8" helps where pytest-xdist is installed.
+# command of its own that writes into GPU_RESULTS as it goes; one that is cut off after GPU_SECONDS (0: never) keeps what
+# it had. The sanitizer, slow and not supported everywhere, is not part of `make gpu`.
 GPU_RESULTS ?= benchmarks/results
-gpu: gpu-tests gpu-kernels gpu-encoder  ## make -k: go on after a part that failed
-gpu gpu-tests gpu-kernels gpu-encoder: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+GPU_SECONDS ?= 560
+GPU_PARTS := gpu-kernels gpu-encoder gpu-tests gpu-sanitizer
+GPU_LIMIT := timeout --foreground --signal=INT --kill-after=30 $(GPU_SECONDS)
+# most of the tests' time goes into compiling kernels: on several cores where pytest-xdist is installed
+GPU_WORKERS = $(if $(shell $(PYTHON) -c 'import xdist; print(1)' 2>/dev/null),-n logical --maxprocesses 12 --dist worksteal)
+GPU_SUITE := RAGGED_EXIT_TEST_IMPL=triton RAGGED_EXIT_TEST_DEVICE=cuda HYPOTHESIS_PROFILE=gpu
+
+gpu:  ## the figures, then the tests; a part that fails does not stop the next
+	$(MAKE) --keep-going gpu-kernels gpu-encoder gpu-tests
+
+$(GPU_PARTS): export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+$(GPU_PARTS): export PYTHONUNBUFFERED := 1
+$(GPU_PARTS): SHELL := bash
+$(GPU_PARTS): gpu-build
 
 gpu-build:
+	mkdir -p $(GPU_RESULTS)
 	$(PYTHON) setup.py --quiet build_ext --inplace || echo "the CPU kernels are not built; the GPU's do not need them"
 
-gpu-tests: gpu-build
-	$(PYTHON) -m pytest -m gpu tests/gpu
+gpu-kernels:
+	$(GPU_LIMIT) $(PYTHON) benchmarks/kernels.py --json $(GPU_RESULTS)/kernels-gpu.json
 
-gpu-kernels: gpu-build
-	$(PYTHON) benchmarks/kernels.py --json $(GPU_RESULTS)/kernels-gpu.json
+gpu-encoder:
+	$(GPU_LIMIT) $(PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/encoder-gpu.json
 
-gpu-encoder: gpu-build
-	$(PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/encoder-gpu.json
+gpu-tests:  ## tests/gpu, and the op suite of tests/ops on the Triton kernels
+	set -o pipefail; $(GPU_LIMIT) env -u TRITON_INTERPRET $(GPU_SUITE) $(PYTHON) -m pytest -v --tb=short $(GPU_WORKERS) \
+		-k "(gpu or triton) and not sanitizer" tests/gpu tests/ops 2>&1 | tee $(GPU_RESULTS)/tests-gpu.log
+
+gpu-sanitizer:  ## compute-sanitizer over every op
+	set -o pipefail; $(GPU_LIMIT) $(PYTHON) -m pytest -v -s tests/gpu/test_gpu_sanitizer.py 2>&1 | tee $(GPU_RESULTS)/sanitizer-gpu.log
 
 $(STAMP): $(SOURCES)
 	@echo "creating $(VENV) and installing ragged-exit with its pinned dependencies"

@@ -14,8 +14,10 @@ from tiny import bert_config, random_rows, tiny_deebert
 
 import ragged_exit as rx
 from ragged_exit import executor as executing
+from ragged_exit.batch import RaggedBatch
 from ragged_exit.executor import ExitRecord, RaggedExecutor
 from ragged_exit.graphs import LayerGraphs
+from ragged_exit.ops.exit_step import row_threshold
 from ragged_exit.transfer import ToHost, to_device
 
 ROWS = random_rows(40, seed=3, longest=12)
@@ -70,6 +72,21 @@ def test_a_transfer_waits_for_itself_and_not_for_what_follows() -> None:
         assert not queued.query(), "the read waited for what was queued after it"
     for one, other in zip(found, values, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_a_threshold_is_not_read_before_it_is_filled() -> None:
+    """Another stream does not wait for the one that is still to fill it."""
+    batch = RaggedBatch.from_seqlens(torch.tensor([1]), "cuda")
+    rule = rx.Entropy(0.40625)  # nobody else's
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        work = torch.randn(8192, 8192, device="cuda")
+        for _ in range(20):
+            work = work @ work * 1e-4
+        row_threshold(batch, rule, 0)
+    with torch.cuda.stream(other):
+        assert row_threshold(batch, rule, 0).item() == 0.40625
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

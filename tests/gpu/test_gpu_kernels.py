@@ -1,11 +1,6 @@
-"""The Triton kernels on a real GPU: the op suite, CUDA graphs, and the bits of repeated calls."""
+"""The Triton kernels on a real GPU: CUDA graphs and the bits of repeated calls. The op suite: `make gpu-tests`."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +11,6 @@ from ragged_exit.ops import ExitDecision, compact, exit_step
 from ragged_exit.rules import DistanceEntropy, Entropy, ExitRule, Patience
 from ragged_exit.testing import assert_plan, random_batch, random_head, random_lengths, random_state, seeded
 
-ROOT = Path(__file__).parents[2]
-# all ops that have Triton kernels
-OP_TESTS = [f"test_{op}.py" for op in ("exit_step", "exit_decide", "compact", "attention", "layer_norm",
-                                       "embed_layer_norm", "registration")]  # fmt: skip
 RULES = (Entropy(0.5), Patience(2), DistanceEntropy(0.5))
 
 pytestmark = [
@@ -62,23 +53,6 @@ def tensors(decision: ExitDecision) -> list[torch.Tensor]:
 
 def bits(values: list[torch.Tensor]) -> list[bytes]:
     return [value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes() for value in values]
-
-
-@pytest.mark.parametrize("file", OP_TESTS)
-def test_op_suite_against_float64(file):
-    """Every op, rule and dtype of a file of tests/ops, on this GPU; most of the time goes into compiling kernels."""
-    kept_out = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")  # -n N is for the files, not once more within each
-    environment = {name: value for name, value in os.environ.items() if name not in kept_out}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(ROOT / "tests" / "ops" / file), "-k", "triton", "-q"],
-        env={"HYPOTHESIS_PROFILE": "gpu"}
-        | environment
-        | {"RAGGED_EXIT_TEST_IMPL": "triton", "RAGGED_EXIT_TEST_DEVICE": "cuda"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout[-8000:]}\n{run.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
