@@ -6,6 +6,9 @@ Two times a contender: "replay", a CUDA graph of the op, and "call", launched fr
 median counts. Before any timing the results are compared in float64: exits must be equal outside the margin, values
 within twice PyTorch's own error; where they are not, no speed-up is printed. GB/s and TFLOP/s count the bytes and
 operations that the op cannot avoid, and stand beside this device's measured copy bandwidth and matrix rate.
+
+The JSON is written anew after every case. A case that raises, or what it is compared with, is recorded as an error, and
+the others go on.
 """
 
 from __future__ import annotations
@@ -238,13 +241,13 @@ def _batch(rows: int, longest: int, device: str) -> RaggedBatch:
     return RaggedBatch.from_seqlens(torch.tensor(random_lengths(rows, longest, seeded(rows))), device)
 
 
-def cases(dtype: torch.dtype, device: str, impl: str | None = None, *, small: bool = False) -> list[Callable[[], Case]]:
+def cases(dtype: torch.dtype, device: str, impl: str | None = None, *, small: bool = False) -> list[partial[Case]]:
     """What makes each case, so that one at a time lies in memory; ``small``: the same kinds at toy sizes."""
     hidden_size = 32 if small else 768
     batches = (5,) if small else (8, 64, 256)
     many = 40 if small else 1000
     common = (dtype, device, impl)
-    made: list[Callable[[], Case]] = []
+    made: list[partial[Case]] = []
     for rows in batches:
         made += [
             partial(exit_step_case, rows, hidden_size, 2, *common),
@@ -344,7 +347,16 @@ def measure(case: Case, repeats: int, peaks: dict[str, float]) -> dict[str, obje
     if case.varlen_attn is not None:
         calls["varlen_attn"] = case.varlen_attn
     differs = disagreement(case)
-    replay = seconds({name: captured(call) for name, call in calls.items()}, repeats)
+    replays, errors = {}, {}
+    for name in list(calls):
+        try:
+            replays[name] = captured(calls[name])
+        except Exception as error:
+            if name == "ours":
+                raise
+            errors[name] = told(error)
+            del calls[name]
+    replay = seconds(replays, repeats)
     call = seconds(calls, repeats)
     bandwidth, rate = case.bytes / replay["ours"] / 1e9, case.flops / replay["ours"] / 1e12
     row: dict[str, object] = {
@@ -357,6 +369,8 @@ def measure(case: Case, repeats: int, peaks: dict[str, float]) -> dict[str, obje
         "of_copy_bandwidth": bandwidth / peaks["copy_gb_s"],
         "of_matmul_rate": rate / peaks["matmul_tflop_s"],
     }
+    if errors:
+        row["errors"] = errors
     if not differs:
         row["speedup"] = {
             f"{how}_vs_{other}": times[other] / times["ours"]
@@ -367,6 +381,30 @@ def measure(case: Case, repeats: int, peaks: dict[str, float]) -> dict[str, obje
     return row
 
 
+def attempt(make: partial[Case], repeats: int, peaks: dict[str, float]) -> dict:
+    name = f"{make.func.__name__}{make.args}"
+    try:
+        case = make()
+        name = case.name
+        return measure(case, repeats, peaks)
+    except Exception as error:
+        return {"name": name, "error": told(error)}
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def line(row: dict) -> str:
+    """What is known of a case, as soon as it is."""
+    if "error" in row:
+        return f"{row['name']}: {row['error']}"
+    times = ", ".join(f"{name} {value:.1f}" for name, value in row["replay_us"].items())
+    said = [f"{row['name']}: replay us {times}", row["disagreement"]]
+    said += [f"{name}: {error}" for name, error in row.get("errors", {}).items()]
+    return "; ".join(filter(None, said))
+
+
 def show(rows: list[dict], peaks: dict[str, float]) -> None:
     peak = f"{peaks['copy_gb_s']:.0f} GB/s copied, {peaks['matmul_tflop_s']:.0f} TFLOP/s multiplied"
     table = Table(title=f"{torch.cuda.get_device_name()}: {peak}")
@@ -374,6 +412,9 @@ def show(rows: list[dict], peaks: dict[str, float]) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "op" else "right")
     for row in rows:
+        if "error" in row:
+            table.add_row(row["name"], "error")
+            continue
         table.add_row(
             row["name"],
             f"{row['replay_us']['ours']:.1f}",
@@ -387,14 +428,14 @@ def show(rows: list[dict], peaks: dict[str, float]) -> None:
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for row in rows:
-        if "varlen_attn" in row["replay_us"]:
+        if "varlen_attn" in row.get("replay_us", {}):
             print(f"{row['name']}: replay {gain(row, 'replay_vs_varlen_attn')} the rate of torch's varlen_attn")
-        if row["disagreement"]:
-            print(f"{row['name']}: {row['disagreement']}")
 
 
 def gain(row: dict, name: str) -> str:
-    return f"{row['speedup'][name]:.2f}x" if "speedup" in row else "differs"
+    if "speedup" not in row:
+        return "differs"
+    return f"{row['speedup'][name]:.2f}x" if name in row["speedup"] else "-"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -410,14 +451,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     dtype = DTYPES[options.dtype]
     peaks = device_peaks(dtype)
+    result = {"environment": environment(), "dtype": options.dtype, "device": peaks, "ops": []}
+    rows: list[dict] = result["ops"]
     with torch.inference_mode():
-        rows = [measure(make(), options.repeats, peaks) for make in cases(dtype, "cuda", "triton")]
+        for make in cases(dtype, "cuda", "triton"):
+            rows.append(attempt(make, options.repeats, peaks))
+            print(line(rows[-1]), flush=True)
+            if options.json:
+                write(options.json, result)
     show(rows, peaks)
-    if options.json:
-        result = {"environment": environment(), "dtype": options.dtype, "device": peaks, "ops": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if any(row["disagreement"] for row in rows) else 0
+    return 1 if any(row.keys() & {"error", "errors"} or row["disagreement"] for row in rows) else 0
+
+
+def write(path: Path, result: dict) -> None:
+    """In one step: cut off midway, it leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name("." + path.name)
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
 
 
 if __name__ == "__main__":
