@@ -5,23 +5,27 @@ python benchmarks/gpu.py [--profile sst2|mrpc|long|uniform] [--shape base|small|
 
 The encoder is random, its heads are fitted to two topics of random words, the same number of rows leaves at every
 layer. Decisions are compared first, with the fp32 model on the CPU, one row at a time; a contender that differs gets no
-speed-up. Every time ends with the answers in host memory.
+speed-up. Every time ends with the answers in host memory. The JSON is written anew after every check and every repeat.
+A contender that raises is recorded as an error, and the others go on.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.contenders import Contender
 from ragged_exit.bench.gpu import CardReport, card_contenders, card_references, matrix_rate
-from ragged_exit.bench.measure import measure
+from ragged_exit.bench.measure import Measured, measure
 from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.report import workload_facts
 from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
@@ -52,7 +56,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu: to try the benchmark itself, without graphs")] = "cuda",
     json: Path | None = None,
 ) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         console.print("benchmarks/gpu.py: this machine has no CUDA device, and a GPU's times are taken on nothing else")
@@ -65,15 +69,44 @@ def main(
     check_on = random_workload(CHECKED_ROWS, SEED + 1, profile)
     on_card = copy.deepcopy(model).to(place, precision)
 
+    failed: list[dict[str, Any]] = []
+
+    @functools.cache  # every contender asks for the same
     def draw(number: int) -> Workload:
         return random_workload(rows, 1000 + number, profile)
 
     def say(line: str) -> None:
-        console.print(line, style="dim")
+        console.print(line, style="dim", soft_wrap=True)
 
     say("the reference model, row by row")
     expected = card_references(model, on_card, rule, check_on)
     rate = matrix_rate(place, precision, 8192 if place.type == "cuda" else 512)
+
+    def report(measured: list[Measured]) -> CardReport:
+        facts: dict[str, Any] = {"sequences": rows}
+        leaves = next((item for item in measured if item.contender.exits and item.seconds), None)
+        if leaves is not None:
+            timed = [draw(repeat) for repeat in range(len(leaves.seconds))]
+            facts = workload_facts(timed, leaves.exit_layers, model.config)
+        return CardReport(
+            title=f"BERT {shape}, random encoder, {profile} lengths, {dtype}, {place}",
+            measured=measured,
+            workload=facts | {"threshold": rule.to_dict()["threshold"]},
+            rate=rate,
+            close=int(expected.close.sum()),
+            failed=failed,
+        )
+
+    def known(measured: list[Measured]) -> None:
+        say(report(measured).progress())
+        if json is not None:
+            report(measured).write_json(json)
+
+    def give_up(contender: Contender, error: Exception, seconds: list[float]) -> None:
+        said = f"{type(error).__name__}: {error}"[:2000]
+        failed.append({"name": contender.name, "error": said, "seconds_of_repeats": seconds})
+        console.print(f"{contender.name}: {said}", style="red", markup=False, soft_wrap=True)
+
     measured = measure(
         card_contenders(on_card, accelerate(model, rule=rule, dtype=precision, device=place), compiled=compiled),
         check_on,
@@ -82,20 +115,12 @@ def main(
         repeats=repeats,
         dtype=precision,
         on_step=say,
+        on_known=known,
+        on_error=give_up,
     )
-    exit_layers = next(item for item in measured if item.contender.name == "ragged").exit_layers
-    timed = [draw(repeat) for repeat in range(repeats)]
-    facts = workload_facts(timed, exit_layers, model.config)
-    report = CardReport(
-        title=f"BERT {shape}, random encoder, {profile} lengths, {dtype}, {place}",
-        measured=measured,
-        workload=facts | {"threshold": rule.to_dict()["threshold"]},
-        rate=rate,
-        close=int(expected.close.sum()),
-    )
-    report.print(console)
-    if json is not None:
-        report.write_json(json)
+    report(measured).print(console)
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

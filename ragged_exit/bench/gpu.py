@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ PAIRS = {"ragged": "ragged_full", "ragged_graphs": "ragged_full_graphs"}  # exit
 def card_contenders(model: DeeBert, fast: AcceleratedModel, *, compiled: bool) -> list[Contender]:
     """``model``: the plain one, on the device and in the dtype of ``fast``. compiled: measure torch.compile too.
 
-    Graphs only where there are any: on CUDA.
+    Graphs only where there are any: on CUDA. torch.compile comes last: it takes longest to check.
     """
     layers, device = model.config.num_hidden_layers, fast.device
     plain = _on(device, partial(full_depth, model))
@@ -55,14 +56,14 @@ def card_contenders(model: DeeBert, fast: AcceleratedModel, *, compiled: bool) -
         Contender("padded", padded_by(plain, layers, by_length=False), (32,), exits=False),
         Contender("padded_sorted", padded_by(plain, layers, by_length=True), ROW_BATCHES, exits=False),
     ]
-    if compiled:
-        graph = _on(device, torch.compile(partial(full_depth, model), dynamic=True))
-        found.append(Contender("compiled_sorted", padded_by(graph, layers, by_length=True), ROW_BATCHES, exits=False))
     for suffix in ("", "_graphs") if device.type == "cuda" else ("",):
         for name, stages in (("ragged_full", [full_depth_stage(fast)]), ("ragged", fast.executor.stages)):
             executor = RaggedExecutor(stages, impl=fast.impl, graphs=LayerGraphs() if suffix else None)
             exits = name == "ragged"
             found.append(Contender(name + suffix, ragged(fast, executor), TOKEN_BUDGETS, exits=exits))
+    if compiled:
+        graph = _on(device, torch.compile(partial(full_depth, model), dynamic=True))
+        found.append(Contender("compiled_sorted", padded_by(graph, layers, by_length=True), ROW_BATCHES, exits=False))
     return [replace(contender, run=_to_the_end(contender.run), tuning_rows=None) for contender in found]
 
 
@@ -132,7 +133,8 @@ def _synchronise(device: torch.device) -> None:
 class CardReport:
     """What was measured, and what follows from it.
 
-    workload: ``workload_facts`` of what was timed. rate: FLOP/s of the card's matrix product.
+    workload: ``workload_facts`` of what was timed, or no more than "sequences". rate: FLOP/s of the card's matrix
+    product. failed: {"name", "error", ...} of the contenders that raised.
     """
 
     title: str
@@ -140,10 +142,12 @@ class CardReport:
     workload: dict[str, Any]
     rate: float
     close: int  # rows that may leave elsewhere, of those that were checked
+    failed: Sequence[dict[str, Any]] = ()
 
     def of(self, name: str) -> Measured | None:
-        """The contender of this name, if it was measured and answered as its reference."""
-        return next((item for item in self.measured if item.contender.name == name and item.matches), None)
+        """The contender of this name, if it was timed and answered as its reference."""
+        found = (item for item in self.measured if item.contender.name == name)
+        return next((item for item in found if item.matches and item.seconds), None)
 
     def ratio(self, slow: str, fast: str) -> float | None:
         """seconds of ``slow`` over seconds of ``fast``; None unless both match their reference."""
@@ -163,8 +167,8 @@ class CardReport:
 
     def share_of_matrix_rate(self, item: Measured) -> float | None:
         """FLOPs on the tokens that there are and the layers that must run, a second, of ``rate``."""
-        needed = self.workload["flops" if item.contender.exits else "full_flops"]
-        return needed / item.median / self.rate if item.matches else None
+        needed = self.workload.get("flops" if item.contender.exits else "full_flops")
+        return needed / item.median / self.rate if item.matches and needed is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         names = [name for name in PAIRS if self.of(name) is not None]
@@ -174,7 +178,7 @@ class CardReport:
             "workload": self.workload,
             "matrix_tflop_s": self.rate / 1e12,
             "rows_inside_the_margin": self.close,
-            "contenders": [self._row(item) for item in self.measured],
+            "contenders": [*map(self._row, self.measured), *self.failed],
             "best_peer": self.best_peer,
             "full_over_best_peer": {
                 name: self.ratio(self.best_peer, PAIRS[name]) for name in names if self.best_peer is not None
@@ -183,12 +187,27 @@ class CardReport:
         }
 
     def _row(self, item: Measured) -> dict[str, Any]:
+        if not item.seconds:
+            return {"name": item.contender.name, "decisions_match": item.matches, "batch_size": item.size}
         row = contender_row(item, self.workload["sequences"], self.ratio("padded", item.contender.name))
         return row | {"share_of_matrix_rate": self.share_of_matrix_rate(item)}
 
     def write_json(self, path: Path) -> None:
+        """In one step: cut off midway, it leaves the last one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        scratch = path.with_name("." + path.name)
+        scratch.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        scratch.replace(path)
+
+    def progress(self) -> str:
+        """A line on what is known so far."""
+        found = [
+            item.contender.name
+            + (f" {item.seconds[-1]:.3f} s" if item.seconds else " checked")
+            + ("" if item.matches else " (DIFFERS)")
+            for item in self.measured
+        ]
+        return "   " + ", ".join([*found, *(f"{row['name']} failed" for row in self.failed)])
 
     def print(self, console: Console) -> None:
         table = Table(title=f"{self.title}; matrices multiplied at {self.rate / 1e12:.3g} TFLOP/s")
@@ -199,14 +218,16 @@ class CardReport:
             verdict = "match" if item.matches else f"[red]DIFFER: {item.wrong_exits} exits[/red]"
             table.add_row(
                 row["name"],
-                f"{row['sequences_per_second']:,.0f}",
-                _shown(row["speedup_vs_padded"], "{:.2f}x"),
-                _shown(row["share_of_matrix_rate"], "{:.1%}"),
-                _shown(row["accuracy"], "{:.2%}"),
+                _shown(row.get("sequences_per_second"), "{:,.0f}"),
+                _shown(row.get("speedup_vs_padded"), "{:.2f}x"),
+                _shown(row.get("share_of_matrix_rate"), "{:.1%}"),
+                _shown(item.accuracy, "{:.2%}"),
                 str(item.size),
                 f"{verdict}, labels {item.agreement:.1%}, logits within {item.max_logit_error:.0e}",
             )
         console.print(table)
+        for row in self.failed:
+            console.print(f"{row['name']}: {row['error']}", style="red", markup=False, soft_wrap=True)
         for name, full in PAIRS.items():
             realised = self.realised_over_ideal(name)
             if realised is not None:

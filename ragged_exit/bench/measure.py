@@ -122,6 +122,10 @@ def check(measured: Measured, workload: Workload, expected: References, dtype: t
         measured.matches = measured.agreement >= MIN_AGREEMENT and loss <= MAX_ACCURACY_LOSS and as_deep
 
 
+def _raise(contender: Contender, error: Exception, seconds: list[float]) -> None:
+    raise error
+
+
 def measure(
     contenders: Sequence[Contender],
     check_on: Workload,
@@ -131,28 +135,41 @@ def measure(
     repeats: int,
     dtype: torch.dtype,
     on_step: Callable[[str], None] = lambda step: None,
+    on_known: Callable[[list[Measured]], None] = lambda results: None,
+    on_error: Callable[[Contender, Exception, list[float]], None] = _raise,
 ) -> list[Measured]:
     """Check every contender on ``check_on``, choose its batch size, then time all of them in turns.
 
     draw(number) gives workload ``number``: other rows in another order each time, so that each batch is seen once.
-    Numbers below 0 are for choosing sizes.
+    Numbers below 0 are for choosing sizes. on_known: told what is known after every check and every repeat. on_error:
+    told of a contender that raised, with its seconds till then; unless that raises, the others go on without it.
     """
-    results = []
+    results: list[Measured] = []
     for contender in contenders:
         on_step(f"checking {contender.name}")
-        size = _best_size(contender, draw)
-        measured = Measured(contender, size, _run(contender, _limited(check_on, contender), size))
-        check(measured, check_on, expected, dtype)
-        results.append(measured)
+        try:
+            size = _best_size(contender, draw)
+            measured = Measured(contender, size, _run(contender, _limited(check_on, contender), size))
+            check(measured, check_on, expected, dtype)
+            results.append(measured)
+        except Exception as error:
+            on_error(contender, error, [])
+        on_known(results)
     for repeat in range(repeats):
         workload = draw(repeat)
-        shift = repeat % len(results)  # nobody always runs first
+        shift = repeat % max(1, len(results))  # nobody always runs first
         for measured in results[shift:] + results[:shift]:
             on_step(f"timing {measured.contender.name}, repeat {repeat + 1} of {repeats}")
             part = _limited(workload, measured.contender)
-            seconds, answers = _timed(measured.contender, part, measured.size)
+            try:
+                seconds, answers = _timed(measured.contender, part, measured.size)
+            except Exception as error:
+                on_error(measured.contender, error, measured.seconds)
+                results = [item for item in results if item is not measured]
+                continue
             measured.seconds.append(seconds * len(workload) / len(part))
             measured.exit_layers.append(answers.exit_layer)
+        on_known(results)
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +33,82 @@ def tiny(monkeypatch):
     monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
 
 
-def test_from_end_to_end(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the benchmark at toy sizes. A call's first argument: what to make of the contenders."""
     monkeypatch.setattr(benchmark, "CHECKED_ROWS", 24)
     monkeypatch.setattr(synthetic, "HEAD_ROWS", 128)
     monkeypatch.setattr(gpu, "TOKEN_BUDGETS", (256, 1024))
+    made = benchmark.card_contenders
     options = {"dtype": benchmark.DType.fp32, "rows": 48, "repeats": 2, "compiled": False, "device": "cpu"}
-    benchmark.main(profile="sst2", shape="tiny", json=tmp_path / "r.json", **options)
-    found = json.loads((tmp_path / "r.json").read_text())
+
+    def main(change=lambda contenders: contenders) -> None:
+        monkeypatch.setattr(benchmark, "card_contenders", lambda *args, **kwargs: change(made(*args, **kwargs)))
+        benchmark.main(profile="sst2", shape="tiny", json=tmp_path / "new" / "r.json", **options)
+
+    return main
+
+
+def written(tmp_path) -> dict:
+    return json.loads((tmp_path / "new" / "r.json").read_text())
+
+
+def failing(contenders: list[Contender], name: str, call: int, error: BaseException) -> list[Contender]:
+    """The contender ``name`` raises when it is asked for the ``call``-th time."""
+    calls = 0
+
+    def change(contender: Contender) -> Contender:
+        def raises(workload, size):
+            nonlocal calls
+            calls += 1
+            if calls >= call:
+                raise error
+            return contender.run(workload, size)
+
+        return replace(contender, run=raises, sizes=contender.sizes[:1]) if contender.name == name else contender
+
+    return [change(contender) for contender in contenders]
+
+
+def test_a_contender_that_raises_costs_the_others_nothing(run, tmp_path, capsys):
+    """One in its check, one in its second repeat (its third call: there is a size less to choose)."""
+
+    def change(contenders):
+        return failing(failing(contenders, "padded_sorted", 1, TypeError("no [kernel]")), "ragged", 3, OSError("lost"))
+
+    with pytest.raises(typer.Exit) as stopped:
+        run(change)
+    assert stopped.value.exit_code == 1
+    found = written(tmp_path)
+    rows = {row["name"]: row for row in found["contenders"]}
+    assert list(rows) == ["padded", "ragged_full", "padded_sorted", "ragged"]
+    assert rows["padded_sorted"] == {
+        "name": "padded_sorted",
+        "error": "TypeError: no [kernel]",
+        "seconds_of_repeats": [],
+    }
+    assert rows["ragged"]["error"] == "OSError: lost" and len(rows["ragged"]["seconds_of_repeats"]) == 1
+    assert len(rows["ragged_full"]["seconds_of_repeats"]) == 2 and rows["ragged_full"]["speedup_vs_padded"] > 0
+    assert found["realised_over_ideal"] == {} and found["best_peer"] is None
+    said = capsys.readouterr().out
+    assert "padded_sorted: TypeError: no [kernel]" in said and re.search(r" ragged \d", said).start() < said.index(
+        "OSError: lost"
+    )
+
+
+@pytest.mark.parametrize(("call", "repeats"), [(1, 0), (3, 1)])
+def test_what_is_known_is_on_disk_when_a_run_is_cut(run, tmp_path, call, repeats):
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda contenders: failing(contenders, "ragged", call, KeyboardInterrupt()))
+    found = written(tmp_path)
+    rows = {row["name"]: row for row in found["contenders"]}
+    assert rows["padded"]["decisions_match"] and len(rows["padded"].get("seconds_of_repeats", [])) == repeats
+    assert ("ragged" in rows) == (repeats > 0) and len(found["realised_over_ideal"]) == repeats
+
+
+def test_from_end_to_end(run, tmp_path, capsys):
+    run()
+    found = written(tmp_path)
     rows = {row["name"]: row for row in found["contenders"]}
     assert set(rows) == {"padded", "padded_sorted", "ragged_full", "ragged"}
     assert all(row["decisions_match"] and len(row["seconds_of_repeats"]) == 2 for row in rows.values())
