@@ -1,7 +1,7 @@
-"""For `make gpu-tests`, which runs tests/ops too: failures are told as they happen, and a lost device takes one process.
+"""For `make gpu-tests`, which runs tests/ops too: failures are told as they happen, a lost device costs one process.
 
-pytest tells of failures when all is done, and a run that is cut short is never done. After an illegal access every CUDA
-call of its process fails, and pytest-xdist would hand that process more and more tests, because it is so fast with them.
+pytest tells of failures when all is done, and a run that is cut short never is. After an illegal access every CUDA call
+of its process fails, and pytest-xdist would hand that process more and more tests, because it is so fast with them.
 """
 
 from __future__ import annotations
