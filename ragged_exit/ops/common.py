@@ -30,6 +30,24 @@ class ExitTensors(NamedTuple):
     previous: Tensor
 
 
+def new_exit_tensors(
+    cu_seqlens: Tensor, classes: int, counts: bool, logits_dtype: torch.dtype = torch.float32
+) -> ExitTensors:
+    """Uninitialised, for the rows of ``cu_seqlens`` and on its device: the kernels write every element."""
+    rows, new = len(cu_seqlens) - 1, cu_seqlens.new_empty  # int32, as cu_seqlens, where nothing else is said
+    counted = rows if counts else 0
+    return ExitTensors(
+        logits=new((rows, classes), dtype=logits_dtype),
+        score=new(rows, dtype=logits_dtype),
+        exits=new(rows, dtype=torch.bool),
+        survivors=new(rows),
+        cu_seqlens=new(rows + 1),
+        live=new(2),
+        counter=new(counted),
+        previous=new(counted, dtype=torch.float32),
+    )
+
+
 def check_means(means: Tensor, rows: int, hidden: Tensor) -> None:
     """Raise ValueError unless these can be the means of ``rows`` rows of ``hidden``, as the kernels read them."""
     expected = rows, hidden.shape[1]

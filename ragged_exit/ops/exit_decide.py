@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
+from ragged_exit.ops.common import ExitTensors, new_exit_tensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
-from ragged_exit.ops.exit_step import ExitDecision, check_classes, decision, fake_exit, row_threshold, rule_state
+from ragged_exit.ops.exit_step import ExitDecision, check_classes, decision, row_threshold, rule_state
 from ragged_exit.ops.registration import registered
 from ragged_exit.rules import ExitRule, ScoreSpec
 
@@ -87,20 +90,7 @@ def _exit_decide(
 
 @torch.library.register_fake("ragged_exit::exit_decide")
 def _(
-    logits: Tensor,
-    signal: Tensor | None,
-    cu_seqlens: Tensor,
-    live: Tensor,
-    counter: Tensor | None,
-    previous: Tensor | None,
-    threshold: Tensor,
-    score: str,
-    compare: str,
-    tolerance: float,
-    temperature: float,
-    lam: float,
-    dr_order: str,
-    final: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    return fake_exit(logits, cu_seqlens, logits.shape[1], counter is not None)
+    logits: Tensor, signal: Tensor | None, cu_seqlens: Tensor, live: Tensor, counter: Tensor | None, *rest: Any
+) -> ExitTensors:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return new_exit_tensors(cu_seqlens, logits.shape[1], counter is not None, wide)

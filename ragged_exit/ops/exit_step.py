@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import HeadWeights, MlpHead
-from ragged_exit.ops.common import ExitTensors, check_means
+from ragged_exit.ops.common import ExitTensors, check_means, new_exit_tensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
 from ragged_exit.ops.packed_linear import fits_packing, linears_available, pack_linear
 from ragged_exit.ops.registration import registered
@@ -149,40 +149,10 @@ def _(
     head: Sequence[Tensor | None],
     pooling: str,
     counter: Tensor | None,
-    previous: Tensor | None,
-    threshold: Tensor,
-    score: str,
-    compare: str,
-    tolerance: float,
-    temperature: float,
-    lam: float,
-    dr_order: str,
-    final: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    return fake_exit(
-        hidden, cu_seqlens, HeadWeights._make((*head, pooling)).classifier_weight.shape[0], counter is not None
-    )
-
-
-def fake_exit(like: Tensor, cu_seqlens: Tensor, classes: int, counts: bool) -> ExitTensors:
-    """The shapes and dtypes of an exit's outputs, for tracing."""
-    rows = cu_seqlens.shape[0] - 1
-    wide = torch.promote_types(like.dtype, torch.float32)
-
-    def new(dtype: torch.dtype, *shape: int) -> Tensor:
-        return like.new_empty(shape, dtype=dtype)
-
-    return ExitTensors(
-        new(wide, rows, classes),
-        new(wide, rows),
-        new(torch.bool, rows),
-        new(torch.int32, rows),
-        new(torch.int32, rows + 1),
-        new(torch.int32, 2),
-        new(torch.int32, rows if counts else 0),
-        new(torch.float32, rows if counts else 0),
-    )
+    *rest: Any,
+) -> ExitTensors:
+    classes = HeadWeights._make((*head, pooling)).classifier_weight.shape[0]
+    return new_exit_tensors(cu_seqlens, classes, counter is not None, torch.promote_types(hidden.dtype, torch.float32))
 
 
 def decision(outputs: tuple[Tensor, ...], counts: bool) -> ExitDecision:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragged_exit import _native  # type: ignore[attr-defined]  # after torch, so that both use torch's OpenMP runtime
 from ragged_exit.heads import HeadWeights
-from ragged_exit.ops.common import BLOCK, FLOAT_TILES, FLOAT_VECTORS, ExitTensors
+from ragged_exit.ops.common import BLOCK, FLOAT_TILES, FLOAT_VECTORS, ExitTensors, new_exit_tensors
 from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
 _POOLER_LAYOUT = FLOAT_TILES if _native.tiles_available else FLOAT_VECTORS  # poolers are packed in float32
@@ -315,8 +315,6 @@ def _exit_tensors(
     classes: int,
 ) -> tuple[tuple[Tensor | None, ...], ExitTensors]:
     """The plan's inputs, contiguous, and its outputs, allocated."""
-    rows = cu_seqlens.shape[0] - 1
-    counted = 0 if counter is None else rows
     inputs = (
         cu_seqlens.contiguous(),
         live.contiguous(),
@@ -324,18 +322,7 @@ def _exit_tensors(
         None if previous is None else previous.contiguous(),
         threshold.contiguous(),
     )
-    floats, ints = threshold.new_empty, live.new_empty  # on the CPU, whatever torch's default device is
-    outputs = ExitTensors(
-        logits=floats(rows, classes),
-        score=floats(rows),
-        exits=floats(rows, dtype=torch.bool),
-        survivors=ints(rows),
-        cu_seqlens=ints(rows + 1),
-        live=ints(2),
-        counter=ints(counted),
-        previous=floats(counted),
-    )
-    return inputs, outputs
+    return inputs, new_exit_tensors(cu_seqlens, classes, counter is not None)
 
 
 def _numbers(spec: ScoreSpec) -> tuple[int, int, float, float, float, bool]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.common import ExitTensors, new_exit_tensors
 from ragged_exit.ops.triton.config import FP_FUSION, on_its_device
 from ragged_exit.ops.triton.plan import arrived_last, scan_plan, tickets
 from ragged_exit.ops.triton.scores import decide_rows, load_tile
@@ -66,25 +66,6 @@ def rule_arguments(
         "FINAL": final,
         "C": classes,
     }
-
-
-def new_outputs(classes: int, cu_seqlens: Tensor, counts: bool) -> ExitTensors:
-    """Uninitialised outputs: the kernels write every element."""
-    rows = cu_seqlens.shape[0] - 1
-
-    def new(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=cu_seqlens.device)
-
-    return ExitTensors(
-        logits=new(torch.float32, rows, classes),
-        score=new(torch.float32, rows),
-        exits=new(torch.bool, rows),
-        survivors=new(torch.int32, rows),
-        cu_seqlens=new(torch.int32, rows + 1),
-        live=new(torch.int32, 2),
-        counter=new(torch.int32, rows if counts else 0),
-        previous=new(torch.float32, rows if counts else 0),
-    )
 
 
 def as_pointers(outputs: ExitTensors) -> ExitTensors:
@@ -155,7 +136,7 @@ def exit_decide(
     spec: ScoreSpec,
     final: bool,
 ) -> ExitTensors:
-    outputs = new_outputs(logits.shape[1], cu_seqlens, counter is not None)
+    outputs = new_exit_tensors(cu_seqlens, logits.shape[1], counter is not None)
     launch_decide(logits.contiguous(), signal, cu_seqlens, live, counter, previous, threshold, spec, final, outputs)
     return outputs
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ragged_exit.heads import HeadWeights
-from ragged_exit.ops.common import ExitTensors
+from ragged_exit.ops.common import ExitTensors, new_exit_tensors
 from ragged_exit.ops.triton.config import config, on_its_device
 from ragged_exit.ops.triton.device import cosine_distance, dot, linear_tile, narrow
 from ragged_exit.ops.triton.exit_decide import (
@@ -23,7 +23,6 @@ from ragged_exit.ops.triton.exit_decide import (
     as_pointers,
     class_tile,
     launch_decide,
-    new_outputs,
     packed,
     rule_arguments,
 )
@@ -352,7 +351,7 @@ def exit_step(
         "prototypes_ptr": packed(head.prototypes),
         "signal_ptr": signal,
     }
-    outputs = new_outputs(classes, cu_seqlens, counter is not None)
+    outputs = new_exit_tensors(cu_seqlens, classes, counter is not None)
     if classes > MAX_CLASS_TILE:
         launch_many_classes(grid, pooler, classifier, outputs.logits)
         launch_decide(outputs.logits, signal, cu_seqlens, live, counter, previous, threshold, spec, final, outputs)
