@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops import ExitDecision, compact, exit_step
 from ragged_exit.rules import Entropy
 from ragged_exit.testing import (
+    MarginReport,
+    MarginTally,
     assert_compacted,
     assert_error_budget,
     quiet_threshold,
@@ -44,6 +47,15 @@ def test_the_error_budget(actual: float, plain: float, oracle: float, passes: bo
     else:
         with pytest.raises(AssertionError):
             assert_error_budget(*values, wanted, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "inside", "passes"), [(400, 4, True), (400, 5, False), (399, 399, True)])
+def test_the_share_of_rows_inside_the_margin(rows: int, inside: int, passes: bool) -> None:
+    tally = MarginTally()
+    tally.add(MarginReport(rows - 100, inside))
+    tally.add(MarginReport(100, 0))
+    with contextlib.nullcontext() if passes else pytest.raises(AssertionError, match="too many to mean anything"):
+        tally.check()
 
 
 def compacted() -> tuple[RaggedBatch, ExitDecision, RaggedBatch]:

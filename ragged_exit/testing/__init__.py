@@ -1,6 +1,7 @@
 """For whoever tests or writes a kernel: seeded random inputs, a float64 oracle, and how decisions are compared."""
 
 from ragged_exit.testing.compare import (
+    ENOUGH_ROWS,
     Margin,
     MarginReport,
     MarginTally,
@@ -29,6 +30,7 @@ from ragged_exit.testing.factories import (
 )
 
 __all__ = [
+    "ENOUGH_ROWS",
     "Margin",
     "MarginReport",
     "MarginTally",

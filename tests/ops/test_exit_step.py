@@ -30,6 +30,7 @@ from ragged_exit.rules import (
     Patience,
 )
 from ragged_exit.testing import (
+    ENOUGH_ROWS,
     MarginTally,
     assert_error_budget,
     assert_plan,
@@ -87,7 +88,8 @@ def test_decides_as_the_oracle(impl, dtype, device, data):
 
 
 def test_rows_inside_the_margin():
-    print(TALLY)
+    if TALLY.rows < ENOUGH_ROWS:
+        pytest.skip(f"{TALLY}: too few to mean anything")
     TALLY.check()
 
 
