@@ -65,12 +65,14 @@ bool linears_available(bool bf16) {
 }
 
 void linear(const LinearArgs& args) {
+    if (args.tokens == 0) return;  // nothing to divide among threads
     (tiles_available() ? tile_linear : args.bf16 ? bf16_linear : kernels().linear)(args);
 }
 
 int64_t linear_step_bytes(bool bf16) { return 32 * 32 * (bf16 ? 2 : tiles_available() ? 3 * 2 : 4); }
 
 void attention(const AttentionArgs& args) {
+    if (args.tokens == 0 || args.heads == 0 || args.dim == 0) return;  // nothing to divide among threads, or by
     const bool on_tiles = args.bf16 && args.dim % 32 == 0 && tiles_available();
     (on_tiles ? tile_attention : kernels().attention)(args);
 }

@@ -125,7 +125,7 @@ struct DecideArgs {
     const float* signal;  // [rows] uncertainty or [rows, classes] distances, or null
 };
 
-// A linear whose weights are packed; inputs and outputs are multiples of 32.
+// A linear whose weights are packed; inputs and outputs are positive multiples of 32.
 //
 // Weights lie in panels of 32 outputs, a panel in steps of 32 inputs. A step is [parts, 2, 32 / of, 16, of]: halves of 16
 // outputs, whose weights for `of` inputs stand together. For tiles, and for vectors in Bf16, the numbers are Bf16 and `of`

@@ -78,7 +78,6 @@ template <typename T, int VECS = kLinearVecs>
 void linear_of(const LinearArgs& a) {
     constexpr int64_t kStrip = VECS * kWidth;  // outputs
     const int64_t strips = (a.outputs + kStrip - 1) / kStrip, blocks = (a.tokens + kLinearRows - 1) / kLinearRows;
-    if (blocks == 0) return;
     const int64_t to_fit = (a.outputs * a.inputs * static_cast<int64_t>(sizeof(T)) + kGroupBytes - 1) / kGroupBytes;
     const int64_t to_share = a.threads > 1 ? (kItemsPerThread * a.threads + blocks - 1) / blocks : 1;
     const int64_t groups = smaller(strips, larger(to_fit, to_share)), items = blocks * groups;

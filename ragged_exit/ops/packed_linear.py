@@ -52,19 +52,20 @@ def linears_available(dtype: torch.dtype) -> bool:
 
 
 def fits_packing(weight: Tensor) -> bool:
-    """Can ``pack_linear`` take this weight ``[N, K]``: bfloat16 or float32 on a CPU, both sizes multiples of 32?"""
-    return weight.device.type == "cpu" and weight.dtype in DTYPES and all(size % BLOCK == 0 for size in weight.shape)
+    """Can ``pack_linear`` take this weight ``[N, K]``: bfloat16 or float32 on a CPU, positive multiples of 32?"""
+    whole = all(size > 0 and size % BLOCK == 0 for size in weight.shape)
+    return weight.device.type == "cpu" and weight.dtype in DTYPES and whole
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, *, tiles: bool | None = None) -> PackedWeights:
     """A snapshot of weight ``[N, K]`` and bias ``[N]`` or None. tiles: for them, or for vectors; None: as this
     processor has them.
 
-    Raises ValueError unless weight is bfloat16 or float32 on a CPU with sizes that are multiples of 32.
+    Raises ValueError unless weight is bfloat16 or float32 on a CPU with sizes that are positive multiples of 32.
     """
     if weight.ndim != 2 or not fits_packing(weight):
         raise ValueError(
-            f"weight: expected bfloat16 or float32 [N, K] on a CPU, N and K multiples of {BLOCK}, "
+            f"weight: expected bfloat16 or float32 [N, K] on a CPU, N and K positive multiples of {BLOCK}, "
             f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
         )
     outputs, inputs = weight.shape
@@ -120,7 +121,8 @@ def packed_linear(
 def check_packed(name: str, weights: PackedWeights) -> None:
     """Raise ValueError, naming the argument, unless the kernels can read ``weights`` as they lie in memory."""
     panels, bias = weights
-    if panels.ndim != 7 or _LAYOUTS.get(panels.shape[2:]) != panels.dtype or not _lies_plainly(panels):
+    known = panels.ndim == 7 and panels.numel() > 0 and _LAYOUTS.get(panels.shape[2:]) == panels.dtype
+    if not known or not _lies_plainly(panels):
         raise ValueError(f"{name}: expected panels as pack_linear makes them, got {panels.dtype} {list(panels.shape)}")
     if bias.shape != (BLOCK * len(panels),) or bias.dtype != torch.float32 or not _lies_plainly(bias):
         raise ValueError(

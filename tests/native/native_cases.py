@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ragged_exit import _native
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops import linears_available, native, pack_linear, reference
+from ragged_exit.ops import (
+    LayerNormWeights,
+    PackedLayer,
+    linears_available,
+    native,
+    pack_linear,
+    packed_layer,
+    packed_linear,
+    reference,
+)
 from ragged_exit.rules import DistanceEntropy, Energy, Entropy, MaxProb, Patience
 
 # Units in the last place; measured over all instruction sets: 1.9, 1.6 and 1.4.
@@ -122,3 +131,27 @@ def check_all_ops(dtype: torch.dtype) -> None:
             native.compact([moved], [], *gather)
             reference.compact([wanted], [], *gather)
             assert torch.equal(moved, wanted)
+
+
+def check_without_tokens(dtype: torch.dtype) -> None:
+    """Linears, attention and a layer of no tokens, attention without heads or dims: nothing is divided by nothing."""
+    nobody = torch.zeros(1, dtype=torch.int32)
+    for tokens, heads, dim in ((0, 2, 64), (3, 0, 64), (3, 2, 0)):
+        q = torch.empty(tokens, heads, dim, dtype=dtype)
+        for cu_seqlens in (nobody, torch.tensor([0, tokens], dtype=torch.int32)):
+            assert native.varlen_attention(q, q, q, cu_seqlens, 3, 0.2).shape == q.shape
+    if not linears_available(dtype):
+        return
+    for gelu, residual in ((False, None), (True, None), (False, torch.empty(0, 96, dtype=dtype))):
+        weights = pack_linear(torch.randn(96, 64).to(dtype), None)
+        out = packed_linear(torch.empty(0, 64, dtype=dtype), weights, gelu=gelu, residual=residual, impl="native")
+        assert out.shape == (0, 96) and out.dtype == dtype
+    norm = LayerNormWeights(*torch.ones(2, 64, dtype=dtype))
+    qkv, output, up, down = (
+        pack_linear(torch.randn(*shape).to(dtype), None) for shape in ((192, 64), (64, 64), (96, 64), (64, 96))
+    )
+    layer = PackedLayer(qkv, output, norm, up, down, norm)
+    for rows in (0, 1, 3):
+        cu_seqlens, means = torch.zeros(rows + 1, dtype=torch.int32), torch.full((rows, 64), torch.nan)
+        packed_layer(torch.empty(0, 64, dtype=dtype), cu_seqlens, layer, 2, 1e-5, means=means, impl="native")
+        assert not means.any()

@@ -38,7 +38,8 @@ def test_each_isa_agrees_with_float64(isa: str) -> None:
     code = (
         "import torch, native_cases; from ragged_exit import _native\n"
         f"assert _native.isa == {isa!r}, _native.isa\n"
-        "native_cases.check_all_ops(torch.float32); native_cases.check_all_ops(torch.bfloat16)\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    native_cases.check_all_ops(dtype); native_cases.check_without_tokens(dtype)\n"
         "[native_cases.check_accuracy(function) for function in native_cases.UNITS]"
     )
     result = run(code, RAGGED_EXIT_ISA=isa)

@@ -19,7 +19,7 @@ from op_cases import seeds
 from packed_cases import PACKED_KERNELS, PACKED_NATIVELY
 from torch import Tensor
 
-from ragged_exit.ops import PackedWeights, linears_available, pack_linear, packed_linear, tiles_available
+from ragged_exit.ops import PackedWeights, fits_packing, linears_available, pack_linear, packed_linear, tiles_available
 from ragged_exit.testing import assert_error_budget, assert_same_values, seeded
 
 FINISHES = ("nothing", "gelu", "residual")
@@ -260,7 +260,8 @@ def test_opcheck(kernel, dtype):
 def test_errors_name_the_argument(monkeypatch):
     x, weight, bias, residual = inputs(5, 32, 64, 9, torch.bfloat16)
     weights = pack_linear(weight, bias)
-    for bad in (weight.half(), weight[:, :31], weight[:63], weight.to("meta"), weight[0]):
+    for bad in (weight.half(), weight[:, :31], weight[:63], weight.to("meta"), weight[0], weight[:0], weight[:, :0]):
+        assert bad.ndim == 1 or not fits_packing(bad)
         with pytest.raises(ValueError, match="weight: expected bfloat16 or float32"):
             pack_linear(bad, None)
     with pytest.raises(ValueError, match=r"bias: expected \[64\], got \[63\]"):
@@ -280,7 +281,7 @@ def test_errors_name_the_argument(monkeypatch):
     with pytest.raises(ValueError, match="residual: expected None together with gelu"):
         packed_linear(x, weights, residual=residual, gelu=True)
     panels, floats = weights
-    for bad in (panels[..., :1], panels.float(), panels.transpose(-1, -2), panels[0], panels.to("meta")):
+    for bad in (panels[..., :1], panels.float(), panels.transpose(-1, -2), panels[0], panels[:, :0], panels.to("meta")):
         with pytest.raises(ValueError, match="weights: expected panels as pack_linear makes them"):
             packed_linear(x, weights._replace(panels=bad))
     for bad in (floats[:63], floats.bfloat16(), floats.repeat(2), torch.zeros(128)[::2], floats.to("meta")):
