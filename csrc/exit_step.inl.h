@@ -129,7 +129,8 @@ RX_INLINE void cosine_distances(const float* vector, int64_t width, const float*
 
 // Rows [first, first + n) of the batch.
 template <typename T>
-void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t first, int64_t n, const ExitScratch& s) {
+void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t first, int64_t n, const ExitScratch& s,
+                OutOfMemory& out_of_memory) {
     const T* hidden = static_cast<const T*>(h.hidden);
     const bool measures = a.score == Score::distance_entropy, wide = a.classes > kNarrow;
     const Linear<T> pooler{static_cast<const T*>(h.pooler), static_cast<const T*>(h.pooler_bias), h.pooled, h.width};
@@ -163,7 +164,8 @@ void exit_block(const Team& team, const HeadArgs& h, const ExitArgs& a, int64_t 
     }
 #pragma omp barrier
     if (packed_pooler(h)) {
-        pool_packed<T>(team, h, s.rows[0], n, s.pooled);  // they lie one after the other
+        // the rows lie one after the other; a thread without memory goes on with garbage, since the others wait for it
+        out_of_memory.attempt([&] { pool_packed<T>(team, h, s.rows[0], n, s.pooled); });
     } else if (h.pooler) {
         gemm(team, hidden_tiles, pooler, true, s.pooled, h.pooled, panel);
     }
@@ -216,13 +218,15 @@ void exit_step_of(const HeadArgs& h, const ExitArgs& a) {
     const int64_t rows = smaller(block, a.live_rows);
     const int64_t floats = ExitScratch(nullptr, h, a, rows, threads).floats;
     const ExitScratch scratch(workspace(floats, Use::caller), h, a, rows, threads);
+    OutOfMemory out_of_memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
         for (int64_t first = 0; first < a.live_rows; first += block) {
-            exit_block<T>(team, h, a, first, smaller(block, a.live_rows - first), scratch);
+            exit_block<T>(team, h, a, first, smaller(block, a.live_rows - first), scratch, out_of_memory);
         }
     }
+    out_of_memory.rethrow();
     for (int64_t row = a.live_rows; row < a.rows; ++row) decide_dead_row(a, row);
     plan_survivors(a);
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace ragged_exit {
 
@@ -236,5 +237,23 @@ LayerSeconds take_layer_seconds();
 // other kernels keeps what is its own in a buffer that they leave alone.
 enum class Use { kernel, caller };
 float* workspace(int64_t floats, Use use = Use::kernel);
+
+// For parallel regions in which a workspace may grow: an exception that left one would end the process. Its threads
+// attempt(), and rethrow() follows the region.
+class OutOfMemory {
+    bool caught = false;
+
+   public:
+    template <typename Body>
+    void attempt(const Body& body) {
+        try {
+            body();
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            caught = true;
+        }
+    }
+    void rethrow() const;
+};
 
 }  // namespace ragged_exit

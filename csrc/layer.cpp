@@ -136,8 +136,12 @@ void layer(const LayerArgs& a) {
         const int64_t row = std::lower_bound(a.cu_seqlens, a.cu_seqlens + a.rows, share) - a.cu_seqlens;
         return row > 0 && share - a.cu_seqlens[row - 1] < a.cu_seqlens[row] - share ? row - 1 : row;
     };
+    OutOfMemory out_of_memory;
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads) if (a.threads > 1)
-    for (int64_t part = 0; part < parts; ++part) alone.run(first_row(part), first_row(part + 1));
+    for (int64_t part = 0; part < parts; ++part) {
+        out_of_memory.attempt([&] { alone.run(first_row(part), first_row(part + 1)); });
+    }
+    out_of_memory.rethrow();
 }
 
 LayerSeconds take_layer_seconds() {

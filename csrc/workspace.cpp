@@ -30,4 +30,8 @@ float* workspace(int64_t floats, Use use) {
     return buffer.data;
 }
 
+void OutOfMemory::rethrow() const {
+    if (caught) throw std::bad_alloc();
+}
+
 }  // namespace ragged_exit

@@ -97,7 +97,7 @@ def packed_layer(
     and a row's do not depend on its neighbours.
 
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device; RuntimeError as
-    ``packed_linear``.
+    ``packed_linear``; MemoryError, after which some rows of ``hidden`` are this layer's output already.
     """
     width, dtype = layer.width, layer.dtype
     if num_heads < 1 or width % num_heads:
