@@ -4,6 +4,7 @@ namespace ragged_exit {
 namespace RX_ISA {
 
 constexpr int kSums = 4;  // independent sums: one would wait for its own last addition
+constexpr float kLittleSpread = 1.0f / 256;  // of a variance beside the mean's square: the mean's rounding shows
 
 // How a row is normalised: what layer_norm and embed_layer_norm share. weight and bias are widened, buffer holds a row.
 struct Norm {
@@ -14,54 +15,57 @@ struct Norm {
     float* buffer;
 };
 
+// The sum over a row of what step(i, n, total) adds to its total for numbers i to i + n.
+template <typename Step>
+RX_INLINE float sum_row(int64_t width, Step step) {
+    const int64_t whole = width / kWidth * kWidth;
+    Vec totals[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums * kWidth <= whole; i += kSums * kWidth)
+        for (int n = 0; n < kSums; ++n) totals[n] = step(i + n * kWidth, kWidth, totals[n]);
+    for (; i < whole; i += kWidth) totals[0] = step(i, kWidth, totals[0]);
+    if (whole < width) totals[0] = step(whole, width - whole, totals[0]);
+    return sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+}
+
 // Row of `norm.width` numbers -> out: read(i, n) gives numbers i to i + n as a Vec, ahead(i) fetches the next row's.
 template <typename T, typename Read, typename Ahead>
 RX_INLINE void normalise_row(const Norm& norm, Read read, Ahead ahead, T* out) {
-    const int64_t whole = norm.width / kWidth * kWidth, rest = norm.width - whole;
+    const float width = static_cast<float>(norm.width);
     float* buffer = norm.buffer;
 
-    Vec totals[kSums] = {};
-    const auto add = [&](int64_t i, Vec& total) {
-        const Vec y = read(i, kWidth);
+    float mean = sum_row(norm.width, [&](int64_t i, int64_t n, Vec total) {
+        const Vec y = read(i, n);
         store(buffer + i, y);
-        total = total + y;
         __builtin_prefetch(out + i, 1);
+        return total + y;
+    }) / width;
+    const auto centred = [&](int64_t i, int64_t n) {
+        const Vec y = load(buffer + i) - set1(mean);
+        return n == kWidth ? y : first_n(n, y, zero());
     };
-    int64_t i = 0;
-    for (; i + kSums * kWidth <= whole; i += kSums * kWidth)
-        for (int n = 0; n < kSums; ++n) add(i + n * kWidth, totals[n]);
-    for (; i < whole; i += kWidth) add(i, totals[0]);
-    if (rest) {
-        const Vec y = read(whole, rest);
-        store(buffer + whole, y);
-        totals[0] = totals[0] + y;
-    }
-    const Vec mean = set1(sum((totals[0] + totals[1]) + (totals[2] + totals[3])) / static_cast<float>(norm.width));
-
-    Vec squares[kSums] = {};
-    const auto square = [&](int64_t i, Vec& total) {
-        const Vec centred = load(buffer + i) - mean;
-        total = fma(centred, centred, total);
+    float squares = sum_row(norm.width, [&](int64_t i, int64_t n, Vec total) {
         ahead(i);  // the next row, while this one keeps to L1
-    };
-    for (i = 0; i + kSums * kWidth <= whole; i += kSums * kWidth)
-        for (int n = 0; n < kSums; ++n) square(i + n * kWidth, squares[n]);
-    for (; i < whole; i += kWidth) square(i, squares[0]);
-    if (rest) {
-        const Vec centred = first_n(rest, load(buffer + whole) - mean, zero());
-        squares[0] = fma(centred, centred, squares[0]);
+        const Vec y = centred(i, n);
+        return fma(y, y, total);
+    });
+    if (squares < width * mean * mean * kLittleSpread) {  // rare; a correction of every row costs 3 to 11 %
+        mean += sum_row(norm.width, [&](int64_t i, int64_t n, Vec total) { return total + centred(i, n); }) / width;
+        squares = sum_row(norm.width, [&](int64_t i, int64_t n, Vec total) {
+            const Vec y = centred(i, n);
+            return fma(y, y, total);
+        });
     }
-    const float deviations = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const float factor = norm.uer
-                             ? 1.0f / (std::sqrt(deviations / static_cast<float>(norm.width - 1)) + norm.eps)
-                             : 1.0f / std::sqrt(deviations / static_cast<float>(norm.width) + norm.eps);
+    const float factor = norm.uer ? 1.0f / (std::sqrt(squares / static_cast<float>(norm.width - 1)) + norm.eps)
+                                  : 1.0f / std::sqrt(squares / width + norm.eps);
 
-    for (i = 0; i < whole; i += kWidth) {
-        const Vec normalised = (load(buffer + i) - mean) * set1(factor);
+    const int64_t whole = norm.width / kWidth * kWidth, rest = norm.width - whole;
+    for (int64_t i = 0; i < whole; i += kWidth) {
+        const Vec normalised = centred(i, kWidth) * set1(factor);
         store(out + i, fma(normalised, load(norm.weight + i), load(norm.bias + i)));
     }
     if (rest) {
-        const Vec normalised = (load(buffer + whole) - mean) * set1(factor);
+        const Vec normalised = centred(whole, rest) * set1(factor);
         store_n(out + whole, fma(normalised, load_n(norm.weight + whole, rest), load_n(norm.bias + whole, rest)), rest);
     }
 }

@@ -20,6 +20,7 @@ from ragged_exit.ops import (
     reference,
 )
 from ragged_exit.rules import DistanceEntropy, Energy, Entropy, MaxProb, Patience
+from ragged_exit.testing import assert_error_budget, assert_same_values
 
 # Units in the last place; measured over all instruction sets: 1.9, 1.6 and 1.4.
 UNITS = {"exp": 2.5, "exp2": 2.0, "tanh": 2.0}
@@ -155,3 +156,41 @@ def check_without_tokens(dtype: torch.dtype) -> None:
         cu_seqlens, means = torch.zeros(rows + 1, dtype=torch.int32), torch.full((rows, 64), torch.nan)
         packed_layer(torch.empty(0, 64, dtype=dtype), cu_seqlens, layer, 2, 1e-5, means=means, impl="native")
         assert not means.any()
+
+
+def check_rows_of_little_spread(dtype: torch.dtype) -> None:
+    """LayerNorms of rows whose mean is large beside the deviation; a constant row gives the bias, exactly."""
+    generator, eps = torch.Generator().manual_seed(0), 1e-12  # BERT's
+    for width in (1, 7, 32, 384, 768):
+        weight, bias = torch.randn(2, width, generator=generator).to(dtype)
+        for kind in ("standard", "uer"):
+            x = torch.tensor([0.1, -0.3, 1e-5, 12345.678, -3e6, 1e30]).to(dtype)[:, None].expand(-1, width)
+            expected = torch.full_like(bias, torch.nan) if kind == "uer" and width == 1 else bias  # 0 / 0
+            for residual in (None, -3 * x):
+                assert_same_values(native.add_layer_norm(x, residual, weight, bias, eps, kind), expected.expand_as(x))
+            if width == 1:
+                continue
+            ids, out = torch.zeros(3, dtype=torch.int64), torch.full((3, width), torch.nan, dtype=dtype)
+            native.embed_layer_norm(out, ids, ids, None, x[:1], x[3:4], x[1:2], weight, bias, eps, kind)
+            assert_same_values(out, bias.expand_as(out))
+            for mean in (0.1, -12345.678, 3e6):
+                for spread in (1e-7, 1e-6, 1e-4, 1e-2, 1 / 17, 1 / 15):
+                    near = (mean * (1 + spread * torch.randn(20, width, generator=generator))).to(dtype)
+                    wide = [value.double() for value in (near, weight, bias)]
+                    oracle = reference.add_layer_norm(wide[0], None, *wide[1:], eps, kind)
+                    plain = reference.add_layer_norm(near, None, weight, bias, eps, kind)
+                    assert_error_budget(
+                        native.add_layer_norm(near, None, weight, bias, eps, kind), plain, oracle, dtype
+                    )
+    if not linears_available(dtype):
+        return
+    numbers = torch.tensor([0.1, 12345.678, -0.3, 0.7]).to(dtype)[:, None].expand(-1, 64)
+    qkv, output, up, down = (
+        pack_linear(torch.zeros(*shape, dtype=dtype), bias)
+        for shape, bias in (((192, 64), None), ((64, 64), numbers[1]), ((64, 64), None), ((64, 64), numbers[3]))
+    )
+    first = LayerNormWeights(torch.ones(64, dtype=dtype), numbers[2])
+    last = LayerNormWeights(*torch.randn(2, 64, generator=generator).to(dtype))
+    hidden = numbers[:1].repeat(9, 1)
+    packed_layer(hidden, plan([4, 5])[0], PackedLayer(qkv, output, first, up, down, last), 2, eps, impl="native")
+    assert_same_values(hidden, last.bias.expand_as(hidden))

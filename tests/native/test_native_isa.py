@@ -40,6 +40,7 @@ def test_each_isa_agrees_with_float64(isa: str) -> None:
         f"assert _native.isa == {isa!r}, _native.isa\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    native_cases.check_all_ops(dtype); native_cases.check_without_tokens(dtype)\n"
+        "    native_cases.check_rows_of_little_spread(dtype)\n"
         "[native_cases.check_accuracy(function) for function in native_cases.UNITS]"
     )
     result = run(code, RAGGED_EXIT_ISA=isa)
