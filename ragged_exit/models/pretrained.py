@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from ragged_exit.models.base import EarlyExitModel, new_backbone
 
+_FINE_TUNED = "ForSequenceClassification"  # how the classes end whose head answers as ours do
+
 
 class Found(NamedTuple):
     """backbone: the encoder without its pooler. pooler, classifier: the two linears of its head, where it has them."""
@@ -27,7 +29,7 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
     A linear that the checkpoint does not hold, and that transformers therefore drew at random, counts as not there.
 
     Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
-    and classifier (DistilBERT).
+    and classifier (DistilBERT), all of a ``...ForSequenceClassification``; other heads answer something else.
 
     Raises TypeError for an early-exit model, ValueError for a checkpoint that lacks weights of the encoder itself.
     """
@@ -38,7 +40,7 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
         whole = copy.deepcopy(source).float()
     else:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
-        fine_tuned = architectures[0].endswith("ForSequenceClassification")
+        fine_tuned = architectures[0].endswith(_FINE_TUNED)
         factory = AutoModelForSequenceClassification if fine_tuned else AutoModel
         whole, loaded = factory.from_pretrained(  # whatever dtype the file holds: the heads are fp32
             source, dtype=torch.float32, output_loading_info=True
@@ -47,13 +49,13 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
         _check_encoder(source, getattr(whole, "base_model", whole), whole, drawn)
     names = {id(module): name for name, module in whole.named_modules()}
     backbone = getattr(whole, "base_model", whole)
-    classifier = getattr(whole, "classifier", None)
     pooler: Any = getattr(backbone, "pooler", None)
     pooler = getattr(pooler, "dense", pooler)  # ALBERT's is the linear itself
-    if hasattr(whole, "pre_classifier"):
-        pooler = whole.pre_classifier
-    if classifier is not None and not isinstance(classifier, nn.Linear):
-        pooler, classifier = classifier.dense, classifier.out_proj
+    classifier: Any = None
+    if any(kind.__name__.endswith(_FINE_TUNED) for kind in type(whole).__mro__):
+        pooler, classifier = getattr(whole, "pre_classifier", pooler), whole.classifier
+        if not isinstance(classifier, nn.Linear):
+            pooler, classifier = classifier.dense, classifier.out_proj
     if hasattr(backbone, "pooler"):
         backbone.pooler = None
     pooler, classifier = (

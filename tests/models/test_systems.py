@@ -14,8 +14,11 @@ from tiny import random_rows, tiny_deebert
 from transformers import (
     AlbertForSequenceClassification,
     AutoModel,
+    BertForMultipleChoice,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
+    DistilBertForMultipleChoice,
     DistilBertForSequenceClassification,
     ElectraForSequenceClassification,
     RobertaForSequenceClassification,
@@ -177,6 +180,34 @@ def test_a_classifier_that_the_file_does_not_hold_is_fresh(tmp_path: Path) -> No
     model = rx.DeeBert.from_backbone(tmp_path, num_labels=5)  # the config says 3
     assert model.final.classifier.out_features == 5
     assert torch.equal(model.highways[0].pooler.weight, theirs.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("theirs", [BertForMultipleChoice, BertForTokenClassification, DistilBertForMultipleChoice])
+def test_a_head_that_answers_something_else_is_not_taken(theirs: Any) -> None:
+    """A score per choice, a class per token: their linears would fit, one row for all classes."""
+    source = randomised(theirs(config_of("distilbert" if "Distil" in theirs.__name__ else "bert")))
+    model = rx.DeeBert.from_backbone(source)
+    assert model.final.classifier.weight.std() < 0.1  # fresh: initializer_range
+    if theirs is DistilBertForMultipleChoice:
+        assert model.final.pooler.weight.std() < 0.1
+    else:
+        pooler = source.bert.pooler
+        assert pooler is None or torch.equal(model.final.pooler.weight, pooler.dense.weight)
+
+
+def test_a_classifier_of_other_classes_than_the_config_says_is_refused() -> None:
+    theirs = BertForSequenceClassification(config_of("bert", num_labels=1))
+    theirs.config.num_labels = 3
+    with pytest.raises(ValueError, match=r"source: expected a linear of \[3, 32\] in its head, got \[1, 32\]"):
+        rx.DeeBert.from_backbone(theirs)
+
+
+def test_a_class_of_the_callers_own_keeps_its_fine_tuned_head() -> None:
+    class Mine(BertForSequenceClassification):
+        pass
+
+    theirs = randomised(Mine(config_of("bert")))
+    assert torch.equal(rx.DeeBert.from_backbone(theirs).final.classifier.weight, theirs.classifier.weight)
 
 
 def test_from_backbone_takes_no_early_exit_model(tmp_path: Path) -> None:
