@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ragged_exit.linears import check_activation
 
 
 class UerLayerNorm(nn.Module):
@@ -28,17 +31,30 @@ class UerLayerNorm(nn.Module):
 
 
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, UerLayerNorm)  # their weights say all that they compute
+_KNOWN_HOOKS = ("transformers.", "torch.nn.utils.")  # collect hidden states; set the weight that we read (pruning)
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """Its weight. Raises ValueError for a module that computes something else with it, as an adapter's wrapper does."""
+    _check_hooks(module)
     kind = type(module)
     if kind.forward not in [plain.forward for plain in _PLAIN]:
         raise ValueError(
             "model: expected plain linears, embeddings and LayerNorms, "
             f"got a {kind.__module__}.{kind.__qualname__}; merge adapters into the weights first"
         )
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(f"model: expected embeddings without max_norm, got {module.max_norm}")
     return module.weight  # type: ignore[return-value]
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not str(getattr(hook, "__module__", "")).startswith(_KNOWN_HOOKS):
+            raise ValueError(
+                f"model: expected modules without forward hooks, which are not run, got {hook!r} on a "
+                f"{type(module).__name__}; remove it first"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,8 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
     """Read an encoder of transformers (BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT) or our ``UerModel``.
 
     The result refers to the parameters where it can. Raises ValueError naming what is not supported: another
-    architecture, a decoder, relative positions, modules that ``weight_of`` refuses.
+    architecture, a decoder, relative positions, modules that ``weight_of`` refuses, LayerNorms that differ in their eps
+    or have no bias, an activation that is unknown or not the config's, forward hooks.
     """
     config = backbone.config
     kind = getattr(config, "model_type", type(backbone).__name__)
@@ -111,7 +128,29 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
     positions = getattr(config, "position_embedding_type", "absolute") or "absolute"
     if positions != "absolute":
         raise ValueError(f"backbone: expected absolute position embeddings, got {positions!r}")
-    return BackboneWeights(**_READERS[kind](backbone, config))
+    for module in backbone.modules():
+        _check_hooks(module)
+    return BackboneWeights(**_READERS[kind](backbone, config), norm_eps=_norm_eps(backbone))
+
+
+def _norm_eps(backbone: nn.Module) -> float:
+    """What its LayerNorms hold: the config may have changed since they were made."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm | UerLayerNorm)]
+    if any(norm.weight is None or norm.bias is None for norm in norms):
+        raise ValueError("model: expected LayerNorms with weight and bias, got one without")
+    found = {norm.eps for norm in norms}
+    if len(found) > 1:
+        raise ValueError(f"model: expected LayerNorms of one eps, got {sorted(found)}")
+    return found.pop()
+
+
+def _activation(name: str, functions: list[nn.Module]) -> str:
+    """``name``, the config's. Raises ValueError for an unknown one, and where a layer computes something else."""
+    check_activation(name)
+    for function in functions:
+        if type(function) is not type(ACT2FN[name]):
+            raise ValueError(f"model: expected the activation {name!r} of its config in all layers, got {function!r}")
+    return name
 
 
 def stack(*parts: nn.Module) -> Affine:
@@ -123,16 +162,16 @@ def stack(*parts: nn.Module) -> Affine:
 
 
 def _bert(backbone: Any, config: Any) -> dict[str, Any]:
+    layers = backbone.encoder.layer
     return _embeddings(backbone.embeddings) | {
-        "layers": [_bert_layer(layer) for layer in backbone.encoder.layer],
+        "layers": [_bert_layer(layer) for layer in layers],
         "num_heads": config.num_attention_heads,
-        "activation": config.hidden_act,
-        "norm_eps": config.layer_norm_eps,
+        "activation": _activation(config.hidden_act, [layer.intermediate.intermediate_act_fn for layer in layers]),
     }
 
 
 def _roberta(backbone: Any, config: Any) -> dict[str, Any]:
-    return _bert(backbone, config) | {"padding_idx": config.pad_token_id}
+    return _bert(backbone, config) | {"padding_idx": backbone.embeddings.padding_idx}
 
 
 def _electra(backbone: Any, config: Any) -> dict[str, Any]:
@@ -144,23 +183,23 @@ def _albert(backbone: Any, config: Any) -> dict[str, Any]:
     if config.inner_group_num != 1:
         raise ValueError(f"backbone: expected ALBERT with inner_group_num 1, got {config.inner_group_num}")
     encoder = backbone.encoder
-    groups = [_albert_layer(group.albert_layers[0]) for group in encoder.albert_layer_groups]
+    groups = encoder.albert_layer_groups
+    layers = [_albert_layer(group.albert_layers[0]) for group in groups]
     depth = config.num_hidden_layers
     return _embeddings(backbone.embeddings) | {
-        "layers": [groups[index * len(groups) // depth] for index in range(depth)],
+        "layers": [layers[index * len(groups) // depth] for index in range(depth)],
         "num_heads": config.num_attention_heads,
-        "activation": config.hidden_act,
-        "norm_eps": config.layer_norm_eps,
+        "activation": _activation(config.hidden_act, [group.albert_layers[0].activation for group in groups]),
         "embedding_projection": Affine.of(encoder.embedding_hidden_mapping_in),
     }
 
 
 def _distilbert(backbone: Any, config: Any) -> dict[str, Any]:
+    layers = backbone.transformer.layer
     return _embeddings(backbone.embeddings) | {
-        "layers": [_distilbert_layer(layer) for layer in backbone.transformer.layer],
+        "layers": [_distilbert_layer(layer) for layer in layers],
         "num_heads": config.n_heads,
-        "activation": config.activation,
-        "norm_eps": backbone.embeddings.LayerNorm.eps,
+        "activation": _activation(config.activation, [layer.ffn.activation for layer in layers]),
     }
 
 
@@ -174,7 +213,6 @@ def _uer(backbone: Any, config: Any) -> dict[str, Any]:
         "layers": [_uer_layer(layer) for layer in backbone.encoder.transformer],
         "num_heads": config.num_attention_heads,
         "activation": "gelu",
-        "norm_eps": embedding.layer_norm.eps,
         "norm_kind": "uer",
     }
 

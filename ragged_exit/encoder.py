@@ -14,7 +14,7 @@ from torch import Tensor
 from ragged_exit.backbones import Affine, BackboneWeights, LayerWeights
 from ragged_exit.batch import SMALLEST_BUCKET, RaggedBatch, check_inputs, token_bucket
 from ragged_exit.buffers import Buffers
-from ragged_exit.linears import PackedLinear, check_activation
+from ragged_exit.linears import PackedLinear
 from ragged_exit.ops import (
     LayerNormWeights,
     PackedLayer,
@@ -36,8 +36,6 @@ class PackedEncoder:
     """
 
     def __init__(self, weights: BackboneWeights, *, impl: str | None, dtype: torch.dtype, device: torch.device) -> None:
-        check_activation(weights.activation)
-
         def own(value: Tensor) -> Tensor:
             return value.detach().to(device=device, dtype=dtype, copy=True).contiguous()
 

@@ -14,16 +14,18 @@ from accelerate_cases import (
     inputs,
     reference,
 )
-from system_cases import config_of
+from system_cases import batch_of, config_of, randomised
 from tiny import (
     VOCAB,
     bert_config,
     impls,
     one_thread,  # noqa: F401
+    random_rows,
     randomise,
     tiny_deebert,
 )
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import ragged_exit as rx
@@ -44,11 +46,11 @@ class DoubledEmbedding(nn.Embedding):
         return 2 * super().forward(ids)
 
 
-BACKBONE = "backbone.encoder.layer.1."
+LAYER = "backbone.encoder.layer.1."
 WRAPPED = {
-    "query": ("deebert", BACKBONE + "attention.self.query", Doubled(32, 32)),
-    "feed forward": ("deebert", BACKBONE + "output.dense", Doubled(64, 32)),
-    "norm": ("deebert", BACKBONE + "output.LayerNorm", DoubledNorm(32)),
+    "query": ("deebert", LAYER + "attention.self.query", Doubled(32, 32)),
+    "feed forward": ("deebert", LAYER + "output.dense", Doubled(64, 32)),
+    "norm": ("deebert", LAYER + "output.LayerNorm", DoubledNorm(32)),
     "embedding": ("deebert", "backbone.embeddings.word_embeddings", DoubledEmbedding(VOCAB, 32)),
     "pooler": ("deebert", "highways.1.pooler", Doubled(32, 32)),
     "classifier": ("deebert", "highways.1.classifier", Doubled(32, 3)),
@@ -79,6 +81,55 @@ def test_a_module_that_does_more_with_its_weight_is_refused(place: str) -> None:
     with pytest.raises(ValueError, match="model: expected plain"):
         fast.refresh()
     assert_same_answers(fast(ids), expected)
+
+
+CHANGES = {
+    "eps": (
+        LAYER + "output.LayerNorm",
+        lambda: nn.LayerNorm(32, eps=0.1),
+        r"LayerNorms of one eps, got \[1e-12, 0\.1\]",
+    ),
+    "norm without bias": (LAYER + "output.LayerNorm", lambda: nn.LayerNorm(32, bias=False), "with weight and bias"),
+    "activation": (LAYER + "intermediate.intermediate_act_fn", nn.ReLU, r"activation 'gelu' .* got ReLU\(\)"),
+    "max_norm": (
+        "backbone.embeddings.word_embeddings",
+        lambda: nn.Embedding(VOCAB, 32, max_norm=0.5),
+        r"without max_norm, got 0\.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_the_kernels_would_compute_otherwise_is_refused(change: str) -> None:
+    name, module, message = CHANGES[change]
+    model = tiny_deebert()
+    model.set_submodule(name, module())
+    with pytest.raises(ValueError, match=f"model: expected .*{message}"):
+        rx.accelerate(model, impl="reference")
+
+
+@pytest.mark.parametrize("name", ["encoder.layer.1", "encoder.layer.1.output.dense"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_would_not_run_is_refused(kind: str, name: str) -> None:
+    model, batch = exiting(tiny_deebert()), inputs()
+    handle = getattr(model.backbone.get_submodule(name), kind)(lambda *_: None)
+    with pytest.raises(ValueError, match="model: expected modules without forward hooks"):
+        rx.accelerate(model, impl="reference")
+    handle.remove()
+    prune.l1_unstructured(model.backbone.get_submodule("encoder.layer.1.output.dense"), "weight", 0.5)
+    expected = reference(model, **batch)  # leaves transformers' own hooks, and the pruned weight
+    assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["albert", "bert", "distilbert", "electra", "roberta"])
+def test_a_config_that_changed_later_changes_nothing(kind: str) -> None:
+    """The modules hold what they were made with, and the padded model goes by them."""
+    model = randomised(rx.DeeBert(config_of(kind)))
+    ids, mask = batch_of(random_rows(6), kind)
+    model.config.layer_norm_eps, model.config.pad_token_id = 0.1, 3
+    assert_same_answers(
+        rx.accelerate(model, impl="reference")(ids, mask), reference(model, input_ids=ids, attention_mask=mask)
+    )
 
 
 @pytest.mark.parametrize("name", ["backbone.encoder.layer.0.intermediate.dense.weight", "backbone.pooler_buffer"])
