@@ -61,6 +61,19 @@ class CascadeBert(EarlyExitModel):
         if rule.learns or rule.initial_state(1, torch.device("cpu")):
             raise ValueError(f"rule: a cascade restarts its rows, so {type(rule).__name__} has nothing to build on")
 
+    def prepare(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As the members have it, in turn: what one has prepared the next leaves as it is."""
+        for member in self._members():
+            input_ids, attention_mask, token_type_ids = member.prepare(input_ids, attention_mask, token_type_ids)
+        return input_ids, attention_mask, token_type_ids
+
+    def prepare_types(self, token_type_ids: Sequence[int]) -> Sequence[int]:
+        for member in self._members():
+            token_type_ids = member.prepare_types(token_type_ids)
+        return token_type_ids
+
     def options(self) -> dict[str, Any]:
         return {"members": [member.section() | {"config": member.config.to_dict()} for member in self._members()]}
 

@@ -293,6 +293,28 @@ def test_a_cascade_checks_every_members_tables_at_entry(monkeypatch: pytest.Monk
         fast(torch.tensor([[5, 5, 5]]))
 
 
+@pytest.mark.parametrize("first", [rx.FastBert, rx.FullDepth])  # by itself the latter takes token types alone
+def test_a_cascade_reads_uers_segments_as_its_members_do(first: Any) -> None:
+    """Segments for a second sentence and padding are the types and mask that they stand for, in every member."""
+    cascade = randomised(
+        rx.CascadeBert.from_members([first(config_of("uer")), rx.FastBert(config_of("uer"))], rx.MaxProb(0.6))
+    )
+    ids = torch.arange(5, 17).view(2, 6)
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2], [1, 1, 2, 0, 0, 0]])
+    mask, types = (segments > 0).long(), (segments == 2).long()
+    for threshold in (0.0, 1.0):
+        cascade.rule = rx.MaxProb(threshold)
+        fast = rx.accelerate(cascade, impl="reference")
+        with torch.no_grad():
+            expected = cascade(ids, mask, types).logits
+            for callee in (cascade, fast):
+                torch.testing.assert_close(callee(ids, token_type_ids=segments).logits, expected, rtol=0, atol=2e-5)
+        rows = [{"input_ids": ids[0].tolist(), "token_type_ids": segments[0].tolist()}]
+        rows += [{"input_ids": ids[1, :3].tolist(), "token_type_ids": [1, 1, 2]}]
+        for result, logits in zip(fast.stream(rows), expected, strict=True):
+            torch.testing.assert_close(result.logits, logits, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("system", [rx.DeeBert, rx.Berxit, rx.De3Bert, rx.ElasticBert, rx.Pabee])
 def test_a_truncated_model_answers_as_the_exit_at_that_layer(system: Any) -> None:
     model = randomised(system(config_of("bert"), exit_layers=[2, 3, 4]))
