@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ragged_exit.models.base import ExitPoint, config_from_dict
+from ragged_exit.models.base import IGNORED, ExitPoint, config_from_dict
 from ragged_exit.models.deebert import HIGHWAY_RENAMES, DeeBert, HighwayModel
 from ragged_exit.models.highway import new_linear, own_activation
 from ragged_exit.models.layered import LayerExit
@@ -62,7 +62,7 @@ class Berxit(HighwayModel):
         """Mean squared error of u against 1 where the exit is wrong, else 0; for regression |tanh(answer - label)|.
 
         At the last layer u is asked of the final head's pooled vector; the original asks its last highway's, which
-        never answers and is not here.
+        never answers and is not here. A class of -100 does not count.
         """
         losses = []
         for point in points:
@@ -71,7 +71,8 @@ class Berxit(HighwayModel):
             if logits.shape[1] == 1:
                 wrong = (logits[:, 0] - labels.reshape(len(logits))).tanh().abs()  # [B]
             else:
-                wrong = logits.argmax(1) != labels
+                counted = labels.long() != IGNORED  # [B]
+                signal, wrong = signal[counted], (logits.argmax(1) != labels)[counted]
             losses.append(F.mse_loss(signal, wrong.to(signal.dtype)))
         return torch.stack(losses).mean()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ragged_exit.models.base import ExitPoint
+from ragged_exit.models.base import IGNORED, ExitPoint
 from ragged_exit.models.highway import MlpExit, copy_linear, new_dropout, new_linear
 from ragged_exit.models.layered import LayeredModel, LayerExit
 from ragged_exit.rules import DistanceEntropy, ExitRule
@@ -103,14 +103,17 @@ class De3Bert(LayeredModel):
     def training_loss(self, points: list[ExitPoint], labels: Tensor) -> Tensor:
         """sum(CE + dar_weight DAR), DAR the mean cosine distance to the own class's prototype.
 
-        A step that learns (with gradients) moves the prototypes; rows that only evaluate must teach nothing.
+        A step that learns (with gradients) moves the prototypes; rows that only evaluate must teach nothing, nor those
+        of class -100.
         """
         loss = super().training_loss(points, labels)
         learns = loss.requires_grad
+        counted = labels.long() != IGNORED  # [B]
+        labels = labels.long()[counted]
         for point, highway in zip(points, self.highways, strict=False):
             distances, features = point.output.signal, point.output.features
             assert distances is not None and features is not None
-            loss = loss + self.dar_weight * distances.gather(1, labels[:, None]).mean()
+            loss = loss + self.dar_weight * distances[counted].gather(1, labels[:, None]).mean()
             if learns:
-                highway.move(features, labels, self.prototype_rate)  # type: ignore[operator]
+                highway.move(features[counted], labels, self.prototype_rate)  # type: ignore[operator]
         return loss

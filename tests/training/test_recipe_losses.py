@@ -93,6 +93,33 @@ def test_de3bert_adds_the_distance_to_the_own_prototype_and_moves_it():
             torch.testing.assert_close(highway.prototypes[label], 0.75 * old[label] + 0.25 * centroid)
 
 
+@pytest.mark.parametrize("system", sorted(set(SYSTEMS) - {"fastbert"}))  # its students learn without labels
+def test_rows_of_class_minus_100_teach_nothing(system):
+    model, other = (tiny(system, dropout=0.0) for _ in range(2))
+    batch = batch_of(task(ROWS, 3))
+    batch["labels"][::3] = -100
+    counted = batch["labels"] != -100
+    for twin, part in ((model, batch), (other, {name: value[counted] for name, value in batch.items()})):
+        loss = twin.training_loss(points_of(twin, part), part["labels"])
+        loss.backward()
+        part["loss"] = loss.detach()
+    torch.testing.assert_close(batch["loss"], part["loss"])
+    wanted = dict(other.named_parameters()) | dict(other.named_buffers())
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        torch.testing.assert_close(value.grad, wanted[name].grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(value, wanted[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_labels_of_other_integers_are_the_same_labels(system, dtype):
+    losses = []
+    for kind in (torch.int64, dtype):
+        model, batch = tiny(system, dropout=0.0), batch_of(task(ROWS, 3))
+        losses.append(model.training_loss(points_of(model, batch), batch["labels"].to(kind)))
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("num_labels", [1, 2])
 def test_pabee_weighs_by_layer(num_labels):
     model, points, labels = setup("pabee", num_labels=num_labels)
