@@ -83,13 +83,9 @@ def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> Berxit:
     return Berxit(config)
 
 
-def _build_distilbert(saved: dict, state: dict[str, Tensor], dialect: str) -> Berxit:
-    return _build(saved | {"model_type": "distilbert"}, state, dialect)
-
-
 def _build_albert(saved: dict, state: dict[str, Tensor], dialect: str) -> DeeBert:
     """The original's ALBERT has no learned uncertainty: entropy at highways, and the last one is not asked."""
-    config = config_from_dict(saved | {"model_type": "albert"})
+    config = config_from_dict(saved)
     read_labels(config, state, "final.classifier.weight")
     return DeeBert(config, Entropy(-1.0, dialect=dialect))
 
@@ -116,7 +112,7 @@ LAYOUTS.extend(
                 (r"pre_classifier\.(.*)", r"final.pooler.\1"),
                 (r"classifier\.(.*)", r"final.classifier.\1"),
             ),
-            build=_build_distilbert,
+            build=_build,
         ),
         PublishedLayout(
             system="berxit",

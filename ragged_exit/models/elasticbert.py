@@ -57,7 +57,7 @@ def _build(saved: dict, state: dict[str, Tensor], dialect: str) -> ElasticBert:
     for index, layer in enumerate(layers):  # poolers are numbered by layer, classifiers by exit
         for name in [name for name in state if name.startswith(f"poolers.{layer - 1}.")]:
             state[f"highways.{index}.pooler.{name.rsplit('.', 1)[1]}"] = state.pop(name)
-    config = config_from_dict(saved | {"model_type": "bert"})
+    config = config_from_dict(saved)
     read_labels(config, state, "highways.0.classifier.weight")
     return ElasticBert(config, Entropy(-1.0, dialect=dialect), exit_layers=layers)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
 from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, load_strictly, read_config, read_own, read_weights
-from ragged_exit.models.published import detect_layout, rename_keys
+from ragged_exit.models.published import detect_layout, rename_keys, with_architecture
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
 
@@ -39,7 +39,7 @@ def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
         raise ValueError(f"{path}: no early_exit section in config.json, and the keys fit no published layout")
     renamed = rename_keys(state, layout.renames)
     try:
-        model = layout.build(saved, renamed, dialect)
+        model = layout.build(with_architecture(saved, state), renamed, dialect)
     except KeyError as error:
         raise ValueError(f"{path}: looks like {layout.system}, but the key {error} is missing") from error
     load_strictly(model, renamed, path)

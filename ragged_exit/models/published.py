@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -13,6 +14,14 @@ from ragged_exit.models.base import EarlyExitModel
 
 Rename = tuple[str, str]  # a regular expression for the whole key, and what it becomes
 BACKBONES = "(?:bert|roberta)"
+_ARCHITECTURES = {  # by what the backbone's keys start with
+    "albert": "albert",
+    "bert": "bert",
+    "cascade_models": "bert",
+    "distilbert": "distilbert",
+    "elasticbert": "bert",
+    "roberta": "roberta",
+}
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,8 @@ class PublishedLayout:
     """How a system's original code names its tensors.
 
     signature: a regular expression found in some key of this layout; without: in none of them. renames: first match
-    wins; a replacement of "" drops the tensor. build: (config.json, renamed state, dialect) -> the model to load into;
-    it may move keys of the state where a rename cannot.
+    wins; a replacement of "" drops the tensor. build: (config.json ``with_architecture``, renamed state, dialect) ->
+    the model to load into; it may move keys of the state where a rename cannot.
     """
 
     system: str
@@ -58,6 +67,17 @@ def rename_keys(state: dict[str, Tensor], renames: Iterable[Rename]) -> dict[str
         if modern:
             renamed[modern] = value
     return renamed
+
+
+def with_architecture(saved: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """config.json with the model_type that the published keys tell: old ones have none, or name another architecture.
+
+    The padding id of another architecture goes with its name: positions may count from it. FastBERT's keys tell none.
+    """
+    kind = next((_ARCHITECTURES[start] for name in keys if (start := name.partition(".")[0]) in _ARCHITECTURES), None)
+    if kind is None or saved.get("model_type") == kind:
+        return saved
+    return {name: value for name, value in saved.items() if name != "pad_token_id"} | {"model_type": kind}
 
 
 def read_labels(config: PretrainedConfig, state: dict[str, Tensor], classifier: str) -> None:

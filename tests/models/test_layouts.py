@@ -128,6 +128,8 @@ def test_recognised_by_the_keys_alone_and_loaded_strictly(system, make, rename, 
     assert type(loaded) is type(model) and not loaded.training
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    old = {name: value for name, value in config_of_model(model).items() if name != "model_type"}
+    assert rx.load(write(tmp_path / "old", state, old)).config.model_type == model.config.model_type
     if system == "fastbert":
         assert loaded.rule.compare == ("<" if next(iter(state)).startswith("kernel.") else "<=")
 
