@@ -119,7 +119,15 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
     architecture, a decoder, relative positions, modules that ``weight_of`` refuses, LayerNorms that differ in their eps
     or have no bias, an activation that is unknown or not the config's, forward hooks.
     """
-    config = backbone.config
+    config = check_backbone(backbone)
+    for module in backbone.modules():
+        _check_hooks(module)
+    return BackboneWeights(**_READERS[config.model_type](backbone, config), norm_eps=_norm_eps(backbone))
+
+
+def check_backbone(backbone: nn.Module) -> Any:
+    """Its config. Raises ValueError for another architecture, a decoder, relative positions, layers cut off by hand."""
+    config: Any = getattr(backbone, "config", None)
     kind = getattr(config, "model_type", type(backbone).__name__)
     if kind not in _READERS:
         raise ValueError(f"backbone: expected an encoder of {sorted(_READERS)}, got model type {kind!r}")
@@ -128,9 +136,17 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
     positions = getattr(config, "position_embedding_type", "absolute") or "absolute"
     if positions != "absolute":
         raise ValueError(f"backbone: expected absolute position embeddings, got {positions!r}")
-    for module in backbone.modules():
-        _check_hooks(module)
-    return BackboneWeights(**_READERS[kind](backbone, config), norm_eps=_norm_eps(backbone))
+    if kind != "albert" and len(_layers(backbone)) != config.num_hidden_layers:  # its layers share modules
+        raise ValueError(
+            f"backbone: expected {config.num_hidden_layers} layers, its config's num_hidden_layers, "
+            f"got {len(_layers(backbone))}"
+        )
+    return config
+
+
+def _layers(backbone: Any) -> Any:
+    places = {"distilbert": "transformer.layer", "uer": "encoder.transformer"}
+    return backbone.get_submodule(places.get(backbone.config.model_type, "encoder.layer"))
 
 
 def _norm_eps(backbone: nn.Module) -> float:
@@ -162,7 +178,7 @@ def stack(*parts: nn.Module) -> Affine:
 
 
 def _bert(backbone: Any, config: Any) -> dict[str, Any]:
-    layers = backbone.encoder.layer
+    layers = _layers(backbone)
     return _embeddings(backbone.embeddings) | {
         "layers": [_bert_layer(layer) for layer in layers],
         "num_heads": config.num_attention_heads,
@@ -195,7 +211,7 @@ def _albert(backbone: Any, config: Any) -> dict[str, Any]:
 
 
 def _distilbert(backbone: Any, config: Any) -> dict[str, Any]:
-    layers = backbone.transformer.layer
+    layers = _layers(backbone)
     return _embeddings(backbone.embeddings) | {
         "layers": [_distilbert_layer(layer) for layer in layers],
         "num_heads": config.n_heads,
@@ -210,7 +226,7 @@ def _uer(backbone: Any, config: Any) -> dict[str, Any]:
         "position_embeddings": weight_of(embedding.position_embedding),
         "token_type_embeddings": weight_of(embedding.segment_embedding)[1:],  # row 0 is the padding's
         "embedding_norm": Affine.of(embedding.layer_norm),
-        "layers": [_uer_layer(layer) for layer in backbone.encoder.transformer],
+        "layers": [_uer_layer(layer) for layer in _layers(backbone)],
         "num_heads": config.num_attention_heads,
         "activation": "gelu",
         "norm_kind": "uer",

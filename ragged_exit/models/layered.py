@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ragged_exit.backbones import check_backbone
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.executor import Stage
 from ragged_exit.heads import POOLINGS, HeadOutput, MlpHead, TokenHead
@@ -52,12 +53,14 @@ class LayeredModel(EarlyExitModel):
         pooling: str = "cls",
         backbone: nn.Module | None = None,
     ) -> None:
+        """Raises ValueError for an option that cannot work, and a backbone that the packed encoder does not know."""
         super().__init__(config, rule)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {POOLINGS}, got {pooling!r}")
         self.pooling = pooling
         self.exit_layers = _check_exit_layers(exit_layers, config.num_hidden_layers)
         self.backbone = new_backbone(config) if backbone is None else backbone
+        check_backbone(self.backbone)  # before anything is trained that could not be accelerated
         self.check_rule(rule)
 
     def layer_exits(self) -> list[LayerExit]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from ragged_exit.backbones import check_backbone
 from ragged_exit.models.base import EarlyExitModel, new_backbone
 
 _FINE_TUNED = "ForSequenceClassification"  # how the classes end whose head answers as ours do
@@ -31,7 +32,8 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
     Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
     and classifier (DistilBERT), all of a ``...ForSequenceClassification``; other heads answer something else.
 
-    Raises TypeError for an early-exit model, ValueError for a checkpoint that lacks weights of the encoder itself.
+    Raises TypeError for an early-exit model, ValueError for a checkpoint that lacks weights of the encoder itself
+    and for an encoder that ``check_backbone`` refuses.
     """
     drawn: set[str] = set()
     if isinstance(source, EarlyExitModel):
@@ -49,6 +51,7 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
         _check_encoder(source, getattr(whole, "base_model", whole), whole, drawn)
     names = {id(module): name for name, module in whole.named_modules()}
     backbone = getattr(whole, "base_model", whole)
+    check_backbone(backbone)
     pooler: Any = getattr(backbone, "pooler", None)
     pooler = getattr(pooler, "dense", pooler)  # ALBERT's is the linear itself
     classifier: Any = None

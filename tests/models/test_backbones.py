@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from system_cases import config_of, randomised
-from tiny import LONGEST, impls, packed_encoder, padded, random_rows
+from tiny import LONGEST, bert_config, impls, packed_encoder, padded, random_rows
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, GPT2Config, GPT2Model
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 import ragged_exit as rx
 from ragged_exit.backbones import backbone_weights
@@ -111,3 +121,43 @@ def test_what_is_not_supported_is_named() -> None:
         backbone_weights(AlbertModel(config))
     with pytest.raises(ValueError, match="exit_layers: expected ascending layers from 1 to 4 that end with 4"):
         rx.Pabee(config_of("bert"), exit_layers=[1, 3])
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"albert"}))
+def test_layers_that_were_cut_off_by_hand_are_refused(kind: str) -> None:
+    backbone = tiny(kind)
+    place = {"distilbert": "transformer.layer", "uer": "encoder.transformer"}.get(kind, "encoder.layer")
+    backbone.set_submodule(place, backbone.get_submodule(place)[:2])
+    for use in (backbone_weights, lambda cut: rx.FastBert(cut.config, backbone=cut)):
+        with pytest.raises(ValueError, match="backbone: expected 4 layers, its config's num_hidden_layers, got 2"):
+            use(backbone)
+    backbone.config.num_hidden_layers = 2
+    assert len(backbone_weights(backbone).layers) == 2
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        lambda: GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)),
+        lambda: XLNetForSequenceClassification(XLNetConfig(vocab_size=11, d_model=8, n_layer=1, n_head=2, d_inner=8)),
+        lambda: nn.Linear(2, 2),
+        lambda: BertModel(bert_config(is_decoder=True)),
+    ],
+)
+def test_an_unknown_architecture_is_refused_before_it_is_trained(theirs: Any, tmp_path: Path) -> None:
+    message = "backbone: expected an encoder"
+    source = theirs()
+    with pytest.raises(ValueError, match=message):
+        rx.DeeBert.from_backbone(source)
+    if hasattr(source, "save_pretrained"):
+        source.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            rx.DeeBert.from_backbone(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            rx.truncated(source, 1)
+
+
+def test_an_unknown_activation_is_refused_before_training() -> None:
+    """By what ``fit`` reads first."""
+    with pytest.raises(ValueError, match=r"hidden_act: expected one of .* got 'quick_gelu'"):
+        backbone_weights(tiny("bert", hidden_act="quick_gelu"))
