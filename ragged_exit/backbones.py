@@ -202,8 +202,9 @@ def _albert(backbone: Any, config: Any) -> dict[str, Any]:
     groups = encoder.albert_layer_groups
     layers = [_albert_layer(group.albert_layers[0]) for group in groups]
     depth = config.num_hidden_layers
+    each = depth / config.num_hidden_groups  # layers a group; rounded as transformers does
     return _embeddings(backbone.embeddings) | {
-        "layers": [layers[index * len(groups) // depth] for index in range(depth)],
+        "layers": [layers[int(index / each)] for index in range(depth)],
         "num_heads": config.num_attention_heads,
         "activation": _activation(config.hidden_act, [group.albert_layers[0].activation for group in groups]),
         "embedding_projection": Affine.of(encoder.embedding_hidden_mapping_in),

@@ -161,3 +161,16 @@ def test_an_unknown_activation_is_refused_before_training() -> None:
     """By what ``fit`` reads first."""
     with pytest.raises(ValueError, match=r"hidden_act: expected one of .* got 'quick_gelu'"):
         backbone_weights(tiny("bert", hidden_act="quick_gelu"))
+
+
+@pytest.mark.parametrize(("layers", "groups"), [(18, 14), (7, 3)])
+def test_alberts_groups_need_not_divide_its_layers(layers: int, groups: int) -> None:
+    backbone = tiny("albert", num_hidden_layers=layers, num_hidden_groups=groups)
+    ids, mask = padded(random_rows(3))
+    with torch.no_grad():
+        hidden = backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    encoder = packed_encoder(backbone)
+    batch = encoder.embed(encoder.pack(ids, mask))
+    for layer in range(layers):
+        encoder.layer(layer, batch)
+        torch.testing.assert_close(batch.hidden[: batch.tokens], hidden[layer + 1][mask == 1], rtol=0, atol=5e-5)
