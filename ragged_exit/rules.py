@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
@@ -45,9 +46,10 @@ class ScoreSpec(NamedTuple):
 
 
 def _plain(value: Any) -> Any:
-    """A tensor's or an array's numbers as Python's, which config.json can hold."""
+    """A tensor's or an array's numbers as Python's, which config.json can hold; what is plain stays the same object."""
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
+        plain = type(value)(map(_plain, value))
+        return value if all(map(operator.is_, plain, value)) else plain
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -78,8 +80,8 @@ class ExitRule:
     threshold_name: ClassVar[str] = "threshold"  # as the user set it
 
     def __post_init__(self) -> None:
-        if self.threshold_name in self.__dict__:  # a field, and not a property
-            object.__setattr__(self, self.threshold_name, _plain(getattr(self, self.threshold_name)))
+        for item in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
         if self.compare not in COMPARISONS:
             raise ValueError(f"compare: expected one of {COMPARISONS}, got {self.compare!r}")
         numbers = _numbers(self.threshold_name, self.threshold)

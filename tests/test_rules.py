@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ragged_exit.online import UcbMaxProb
 from ragged_exit.rules import (
     COMPARISONS,
     DR_ORDERS,
@@ -211,6 +213,23 @@ def test_thresholds_of_tensors_and_arrays_are_plain_numbers(threshold):
     assert rule.threshold == pytest.approx([0.1, 0.2])
     assert rule_from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     assert Patience(torch.tensor(3)) == Patience(3)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.int64, torch.tensor], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda value: MaxProb(0.9, temperature=value), "temperature"),
+        (lambda value: Energy(0.9, temperature=value), "temperature"),
+        (lambda value: Patience(2, value), "tolerance"),
+        (lambda value: DistanceEntropy(0.1, lam=value), "lam"),
+        (lambda value: UcbMaxProb(beta=value), "beta"),
+    ],
+)
+def test_every_field_is_a_plain_number(make, field, number):
+    rule = make(number(2))
+    assert type(getattr(rule, field)) in (int, float) and getattr(rule, field) == 2
+    assert rule_from_dict(json.loads(json.dumps(rule.to_dict()))).spec == rule.spec
 
 
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])

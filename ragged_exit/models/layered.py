@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -53,7 +54,9 @@ class LayeredModel(EarlyExitModel):
         pooling: str = "cls",
         backbone: nn.Module | None = None,
     ) -> None:
-        """Raises ValueError for an option that cannot work, and a backbone that the packed encoder does not know."""
+        """Raises ValueError for an option that cannot work, and a backbone that the packed encoder does not know;
+        TypeError for exit layers that are no whole numbers.
+        """
         super().__init__(config, rule)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {POOLINGS}, got {pooling!r}")
@@ -138,7 +141,10 @@ def weighted_by_layer(losses: list[Tensor], layers: Sequence[int]) -> Tensor:
 
 
 def _check_exit_layers(exit_layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    layers = tuple(range(1, depth + 1)) if exit_layers is None else tuple(exit_layers)
+    try:  # NumPy's and torch's integers become Python's, which config.json can hold
+        layers = tuple(range(1, depth + 1)) if exit_layers is None else tuple(map(operator.index, exit_layers))
+    except TypeError as error:
+        raise TypeError(f"exit_layers: expected a sequence of whole numbers, got {exit_layers!r}") from error
     if not layers or layers[-1] != depth or layers[0] < 1 or list(layers) != sorted(set(layers)):
         raise ValueError(
             f"exit_layers: expected ascending layers from 1 to {depth} that end with {depth}, where everybody leaves, "

@@ -6,6 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,16 @@ def test_save_and_load_keep_everything(case: Case, tmp_path: Path) -> None:
     ids, mask = batch_of(random_rows(5), kind)
     with torch.no_grad():
         assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
+
+
+@pytest.mark.parametrize("layers", [np.array([1, 4]), torch.tensor([1, 4]), [np.int64(1), 4]], ids=repr)
+def test_exit_layers_of_arrays_and_tensors_are_plain_numbers(layers: Any, tmp_path: Path) -> None:
+    model = rx.Pabee(config_of("bert"), exit_layers=layers)
+    model.save_pretrained(tmp_path)
+    assert rx.load(tmp_path).exit_layers == model.exit_layers == (1, 4)
+    for wrong in ([1.0, 4.0], 4, ["1", "4"]):
+        with pytest.raises(TypeError, match="exit_layers: expected a sequence of whole numbers, got"):
+            rx.Pabee(config_of("bert"), exit_layers=wrong)  # type: ignore[arg-type]
 
 
 @all_cases
