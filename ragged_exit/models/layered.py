@@ -107,7 +107,8 @@ class LayeredModel(EarlyExitModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None and hasattr(self.config, "type_vocab_size"):  # DistilBERT has none
             inputs["token_type_ids"] = token_type_ids
-        hidden = self.backbone(**inputs, output_hidden_states=True).hidden_states  # L + 1 of [B, S, H]
+        output = self.backbone(**inputs, output_hidden_states=True, return_dict=True)  # whatever the config says
+        hidden = output.hidden_states  # L + 1 of [B, S, H]
         return [
             ExitPoint(head(hidden[layer], attention_mask), self.rule, index, layer, layer)
             for head, layer, index in self.layer_exits()

@@ -131,8 +131,12 @@ class UerModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
+        return_dict: bool = True,
     ) -> BaseModelOutput:
-        """``[B, S]`` in; hidden_states: the embeddings and every layer's output, ``[B, S, H]``."""
+        """``[B, S]`` in; hidden_states: the embeddings and every layer's output, ``[B, S, H]``.
+
+        return_dict: as Hugging Face's encoders take it; never a tuple here.
+        """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         hidden = [self.embedding(input_ids, (token_type_ids + 1) * (attention_mask == 1))]

@@ -51,6 +51,14 @@ def test_every_layer_equals_the_padded_model(kind: str, side: str, impl: str) ->
         torch.testing.assert_close(batch.hidden[: batch.tokens], hidden[layer + 1][mask == 1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_that_asks_for_tuples_changes_nothing(kind: str) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    plain, other = (randomised(rx.FastBert(config_of(kind, return_dict=value))) for value in (True, False))
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, plain(ids).logits)
+
+
 def test_shared_layers_are_packed_once() -> None:
     encoder = packed_encoder(tiny("albert", num_hidden_groups=1))
     assert len({id(layer) for layer in encoder.layers}) == 1
