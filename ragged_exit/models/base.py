@@ -213,7 +213,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitModel:
-    """A model with random weights from what ``section`` wrote and its backbone's config.
+    """A model with random fp32 weights from what ``section`` wrote and its backbone's config.
 
     Raises ValueError, naming the field, for a section that ``section`` would not have written.
     """
@@ -228,7 +228,7 @@ def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitMod
         raise ValueError(f"early_exit.rule: expected an object, got {rule!r}")
     config = config_from_dict(saved_config)
     try:
-        return SYSTEMS[system](config, rule=rule_from_dict(rule), **options)
+        return SYSTEMS[system](config, rule=rule_from_dict(rule), **options).float()  # whatever torch's default dtype
     except TypeError as error:  # an option that it does not take, or a value of another type
         raise ValueError(f"early_exit: {error}") from error
 

@@ -75,7 +75,7 @@ def truncated(
     backbone = first_layers(found.backbone, k)
     model = FullDepth(backbone.config, pooling=pooling or "cls", backbone=backbone)
     model.start_from(found.pooler, found.classifier)
-    return model.eval()
+    return model.float().eval()  # whatever torch's default dtype
 
 
 def _head_at(model: EarlyExitModel, k: int) -> MlpExit:

@@ -91,7 +91,7 @@ class LayeredModel(EarlyExitModel):
         set_labels(found, num_labels)
         model = cls(found.backbone.config, backbone=found.backbone, **options, rule=rule)  # type: ignore[arg-type]
         model.start_from(found.pooler, found.classifier)
-        return model.to(next(found.backbone.parameters()).device).eval()
+        return model.to(next(found.backbone.parameters()).device).float().eval()  # whatever torch's default dtype
 
     @property
     def num_exits(self) -> int:

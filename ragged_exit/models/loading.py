@@ -39,7 +39,7 @@ def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
         raise ValueError(f"{path}: no early_exit section in config.json, and the keys fit no published layout")
     renamed = rename_keys(state, layout.renames)
     try:
-        model = layout.build(with_architecture(saved, state), renamed, dialect)
+        model = layout.build(with_architecture(saved, state), renamed, dialect).float()  # whatever torch's default
     except KeyError as error:
         raise ValueError(f"{path}: looks like {layout.system}, but the key {error} is missing") from error
     load_strictly(model, renamed, path)

@@ -352,8 +352,13 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_load_keeps_fp32_weights_whatever_the_config_says(name: str, tmp_path: Path) -> None:
+def test_load_keeps_fp32_weights_whatever_the_config_or_torch_says(name: str, tmp_path: Path) -> None:
     source = tiny_deebert()
-    loaded = rx.load(write(tmp_path, to_published(source, "bert"), config_dict(source) | {name: "bfloat16"}))
+    directory = write(tmp_path, to_published(source, "bert"), config_dict(source) | {name: "bfloat16"})
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = rx.load(directory)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}

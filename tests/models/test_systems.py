@@ -253,6 +253,27 @@ def test_a_loaded_model_in_bf16_gets_fp32_heads_and_becomes_fp32() -> None:
     assert theirs.dtype == torch.bfloat16 and ours(torch.tensor([[5, 6]])).logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", [rx.De3Bert.from_backbone, rx.FastBert.from_backbone, lambda it: rx.truncated(it, 2)])
+def test_torchs_default_dtype_makes_no_mixed_models(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = randomised(BertModel(config_of("bert")))
+    ids = torch.tensor([[5, 6, 7]])
+    plain = make(theirs)
+    plain.save_pretrained(tmp_path)
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = rx.load(tmp_path)
+        for model in (make(theirs), loaded):
+            assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {
+                torch.float32
+            }
+        fast, slow = rx.accelerate(loaded, impl="reference")(ids).logits, loaded(ids).logits
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(slow, plain(ids).logits)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("system", [rx.Pabee, rx.Berxit])
 def test_regression_labels_in_a_column_are_the_same_labels(system: Any) -> None:
     model = randomised(system(config_of("bert", num_labels=1))).train()
