@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ragged_exit.models.base import config_from_dict
-from ragged_exit.models.highway import Highway, copy_linear
+from ragged_exit.models.highway import Highway, copy_linear, own_activation
 from ragged_exit.models.layered import LayeredModel, LayerExit
 from ragged_exit.models.published import LAYOUTS, PublishedLayout, read_labels
 from ragged_exit.rules import Entropy, ExitRule
@@ -18,6 +18,8 @@ from ragged_exit.rules import Entropy, ExitRule
 
 class ElasticBert(LayeredModel):
     """A tanh pooler and a classifier at every exit; the last one answers for whoever is left.
+
+    Its activation is the architecture's own (gelu on ELECTRA, relu on DistilBERT), as a fine-tuned classifier's is.
 
     Rules: ``Entropy(..., dialect="hf")`` and ``Patience`` as released; ``MaxProb`` or ``UcbMaxProb`` for CeeBERT, whose
     exits are ``exit_layers=(1, 2, 3, 4, 5, 6, 12)`` or ``(3, 6, 12)``.
@@ -36,7 +38,9 @@ class ElasticBert(LayeredModel):
     ) -> None:
         rule = Entropy(0.0) if rule is None else rule
         super().__init__(config, rule, exit_layers=exit_layers, pooling=pooling, backbone=backbone)
-        self.highways = nn.ModuleList(Highway(config) for _ in self.exit_layers)
+        # the last may start as a fine-tuned classifier, whose activation it then needs
+        activations = ["tanh"] * (len(self.exit_layers) - 1) + [own_activation(config)]
+        self.highways = nn.ModuleList(Highway(config, activation) for activation in activations)
 
     def start_from(self, pooler: nn.Linear | None, classifier: nn.Linear | None) -> None:
         for head in self.highways:

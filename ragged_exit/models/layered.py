@@ -85,7 +85,8 @@ class LayeredModel(EarlyExitModel):
         """Fresh heads on a Hugging Face encoder: a directory, an id, or a loaded ``...Model``, which is copied.
 
         A fine-tuned ``...ForSequenceClassification`` gives its classifier to the last exit, and its pooler to every
-        exit's. options: the system's own.
+        exit's. Where all exits share one tanh pooler (PABEE, DE3-BERT) the last exit answers as the fine-tuned model
+        only if that has tanh there too: not on ELECTRA (gelu) and DistilBERT (relu). options: the system's own.
         """
         found = read_backbone(source)
         set_labels(found, num_labels)

@@ -147,7 +147,7 @@ def test_targets_are_not_taught() -> None:
 
 
 @pytest.mark.parametrize("kind", FINE_TUNED)
-@pytest.mark.parametrize("system", [rx.DeeBert, rx.FullDepth])
+@pytest.mark.parametrize("system", [rx.DeeBert, rx.ElasticBert, rx.FullDepth])
 def test_a_fine_tuned_model_answers_at_the_last_layer(kind: str, system: Any, tmp_path: Path) -> None:
     """Whatever the architecture's own head is: pooler and tanh, dense and gelu (ELECTRA), pre_classifier and relu."""
     theirs = randomised(FINE_TUNED[kind](config_of(kind)))
