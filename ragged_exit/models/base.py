@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -110,7 +111,13 @@ class EarlyExitModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """Of all its parameters. Raises ValueError where they have several."""
+        found = {parameter.dtype for parameter in self.parameters()}
+        if len(found) > 1:
+            raise ValueError(
+                f"model: expected parameters of one dtype, or a dtype to accelerate in, got {sorted(map(str, found))}"
+            )
+        return found.pop()
 
     def forward(
         self,
@@ -168,15 +175,17 @@ class EarlyExitModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> EarlyExitModel:
-        """Read what ``save_pretrained`` wrote, strictly, in eval mode.
+        """Read what ``save_pretrained`` wrote, strictly, in eval mode; a base class takes any system.
 
-        Raises ValueError when the directory holds another system, or keys are missing or unexpected (all listed).
+        Raises FileNotFoundError for a file that is not there, ValueError when the directory holds another system, or
+        keys are missing or unexpected (all listed).
         """
         path = Path(directory)
         saved = read_config(path)
         section = saved.get("early_exit")
-        if not isinstance(section, dict) or section.get("system") != cls.system:
-            raise ValueError(f'{path}: expected a config.json with early_exit.system = "{cls.system}"')
+        wanted = getattr(cls, "system", None)
+        if not isinstance(section, dict) or wanted not in (None, section.get("system")):
+            raise ValueError(f'{path}: expected a config.json with early_exit.system = "{wanted or "..."}"')
         return read_own(path, saved)
 
 
@@ -186,7 +195,7 @@ def read_own(path: Path, saved: dict[str, Any]) -> EarlyExitModel:
         model = build(saved["early_exit"], saved)
     except ValueError as error:
         raise ValueError(f"{path}/config.json: {error}") from error
-    load_strictly(model, read_weights(path / WEIGHTS_FILE), path)
+    load_strictly(model, read_state(path), path)
     return model.eval()
 
 
@@ -204,8 +213,32 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FileNotFoundError, and ValueError for a file that is not whole."""
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint directory. Never runs code from the file.
+
+    Raises FileNotFoundError where there are none, ValueError for a file that is not whole.
+    """
+    if (path / WEIGHTS_FILE).is_file():
+        return _read_safetensors(path / WEIGHTS_FILE)
+    if (path / "pytorch_model.bin").is_file():
+        return _read_bin(path / "pytorch_model.bin")
+    raise FileNotFoundError(f"directory: expected {WEIGHTS_FILE} or pytorch_model.bin in {path}")
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:  # torch's own words advise to run code from the file
+        raise ValueError(
+            f"{path}: expected a dict of tensors as torch.save writes it; "
+            "the file is cut short, is something else (a git-lfs pointer, say) or holds more than tensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from pickle import UnpicklingError
-
-import torch
-from torch import Tensor
 
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
-from ragged_exit.models.base import WEIGHTS_FILE, EarlyExitModel, load_strictly, read_config, read_own, read_weights
+from ragged_exit.models.base import EarlyExitModel, load_strictly, read_config, read_own, read_state
 from ragged_exit.models.published import detect_layout, rename_keys, with_architecture
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
@@ -63,28 +59,3 @@ def class_names(directory: str | Path) -> list[str]:
     """The names of a checkpoint's classes, in the order of their numbers; empty where config.json has none."""
     names = read_config(Path(directory)).get("id2label") or {}
     return [names[label] for label in sorted(names, key=int)]
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint directory. Never runs code from the file.
-
-    Raises FileNotFoundError where there are none, ValueError for a file that is not whole.
-    """
-    if (path / WEIGHTS_FILE).is_file():
-        return read_weights(path / WEIGHTS_FILE)
-    if (path / "pytorch_model.bin").is_file():
-        return _read_bin(path / "pytorch_model.bin")
-    raise FileNotFoundError(f"directory: expected {WEIGHTS_FILE} or pytorch_model.bin in {path}")
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:  # torch's own words advise to run code from the file
-        raise ValueError(
-            f"{path}: expected a dict of tensors as torch.save writes it; "
-            "the file is cut short, is something else (a git-lfs pointer, say) or holds more than tensors"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")
-    return state

@@ -52,6 +52,35 @@ def test_save_and_load_keep_everything(case: Case, tmp_path: Path) -> None:
         assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
 
 
+@pytest.mark.parametrize("cls", [rx.EarlyExitModel, rx.LayeredModel])
+def test_a_base_class_reads_any_system(cls: Any, tmp_path: Path) -> None:
+    rx.Pabee(config_of("bert")).save_pretrained(tmp_path)
+    assert type(cls.from_pretrained(tmp_path)) is rx.Pabee
+    BertModel(config_of("bert")).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r'expected a config\.json with early_exit\.system = "\.\.\."'):
+        cls.from_pretrained(tmp_path / "plain")
+
+
+def test_our_own_section_beside_a_pytorch_file_is_read_too(tmp_path: Path) -> None:
+    model = randomised(rx.De3Bert(config_of("bert")))
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for loaded in (rx.load(tmp_path), rx.De3Bert.from_pretrained(tmp_path)):
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or pytorch_model\.bin"):
+        rx.load(tmp_path)
+
+
+def test_a_model_of_two_dtypes_says_which(tmp_path: Path) -> None:
+    model = tiny_deebert()
+    model.backbone.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"one dtype, got \['torch\.bfloat16', 'torch\.float32'\]"):
+        rx.accelerate(model)
+    assert rx.accelerate(model, dtype=torch.float32, impl="reference").dtype == torch.float32
+
+
 @pytest.mark.parametrize("layers", [np.array([1, 4]), torch.tensor([1, 4]), [np.int64(1), 4]], ids=repr)
 def test_exit_layers_of_arrays_and_tensors_are_plain_numbers(layers: Any, tmp_path: Path) -> None:
     model = rx.Pabee(config_of("bert"), exit_layers=layers)
