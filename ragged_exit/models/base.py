@@ -58,7 +58,10 @@ class EarlyExitModel(nn.Module):
             SYSTEMS[cls.system] = cls
 
     def __init__(self, config: PretrainedConfig, rule: ExitRule) -> None:
+        """Raises ValueError for a task with several labels a row: exits compare classes that exclude each other."""
         super().__init__()
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            raise ValueError("problem_type: expected one label a row, got 'multi_label_classification'")
         self.config: Any = config
         self.rule = rule
 

@@ -428,6 +428,7 @@ def test_a_truncated_backbone_keeps_its_first_layers_and_its_head(kind: str) -> 
         (lambda: rx.CascadeBert.from_members([_plain(), _plain(vocab_size=50)]), "one vocab_size"),
         (lambda: rx.CascadeBert.from_members([_plain(), _plain(max_position_embeddings=8)]), "24 positions, got 8"),
         (lambda: rx.FullDepth(config_of("bert"), activation="sine"), "activation"),
+        (lambda: rx.Pabee(config_of("bert", problem_type="multi_label_classification")), "problem_type: expected one"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(make: Any, message: str) -> None:
