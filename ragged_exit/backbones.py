@@ -31,6 +31,7 @@ class UerLayerNorm(nn.Module):
 
 
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, UerLayerNorm)  # their weights say all that they compute
+ROBERTA_LIKE = ("camembert", "roberta", "xlm-roberta")  # model types that differ in their vocabulary alone
 _KNOWN_HOOKS = ("transformers.", "torch.nn.utils.")  # collect hidden states; set the weight that we read (pruning)
 
 
@@ -113,7 +114,7 @@ class BackboneWeights:
 
 
 def backbone_weights(backbone: nn.Module) -> BackboneWeights:
-    """Read an encoder of transformers (BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT) or our ``UerModel``.
+    """Read an encoder of transformers (BERT, RoBERTa and its like, ELECTRA, ALBERT, DistilBERT) or our ``UerModel``.
 
     The result refers to the parameters where it can. Raises ValueError naming what is not supported: another
     architecture, a decoder, relative positions, modules that ``weight_of`` refuses, LayerNorms that differ in their eps
@@ -239,8 +240,8 @@ _READERS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "bert": _bert,
     "distilbert": _distilbert,
     "electra": _electra,
-    "roberta": _roberta,
     "uer": _uer,
+    **dict.fromkeys(ROBERTA_LIKE, _roberta),
 }
 
 

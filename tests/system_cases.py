@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from tiny import LONGEST, VOCAB, bert_config, padded, randomise, roberta_config
 from torch import Tensor, nn
-from transformers import AlbertConfig, DistilBertConfig, ElectraConfig, PretrainedConfig
+from transformers import (
+    AlbertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    PretrainedConfig,
+    XLMRobertaConfig,
+)
 
 import ragged_exit as rx
-from ragged_exit.backbones import UerLayerNorm
+from ragged_exit.backbones import ROBERTA_LIKE, UerLayerNorm
 from ragged_exit.models.base import ExitPoint, answer
 from ragged_exit.models.uer import UerConfig
 from ragged_exit.ops import reference
@@ -34,9 +41,16 @@ def config_of(kind: str, **changes: Any) -> PretrainedConfig:
         ),
         "electra": lambda **more: ElectraConfig(**(SIZES | WIDE | {"embedding_size": 24} | more)),
         "roberta": roberta_config,
+        "camembert": lambda **more: CamembertConfig(**(_of_roberta() | more)),
+        "xlm-roberta": lambda **more: XLMRobertaConfig(**(_of_roberta() | more)),
         "uer": lambda **more: UerConfig(**(SIZES | WIDE | more)),
     }
     return makers[kind](**changes)
+
+
+def _of_roberta() -> dict[str, Any]:
+    kept = ("pad_token_id", "type_vocab_size", *SIZES, *WIDE)
+    return {name: getattr(roberta_config(), name) for name in kept}
 
 
 @torch.no_grad()
@@ -184,4 +198,4 @@ def _normalised_entropy(logits: Tensor) -> float:
 
 
 def batch_of(rows: Sequence[Sequence[int]], kind: str) -> tuple[Tensor, Tensor]:
-    return padded([list(row) for row in rows], fill=1 if kind == "roberta" else 0)
+    return padded([list(row) for row in rows], fill=1 if kind in ROBERTA_LIKE else 0)

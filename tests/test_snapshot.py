@@ -121,7 +121,7 @@ def test_a_hook_that_would_not_run_is_refused(kind: str, name: str) -> None:
     assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
 
 
-@pytest.mark.parametrize("kind", ["albert", "bert", "distilbert", "electra", "roberta"])
+@pytest.mark.parametrize("kind", ["albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta"])
 def test_a_config_that_changed_later_changes_nothing(kind: str) -> None:
     """The modules hold what they were made with, and the padded model goes by them."""
     model = randomised(rx.DeeBert(config_of(kind)))

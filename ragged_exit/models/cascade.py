@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ragged_exit.backbones import ROBERTA_LIKE
 from ragged_exit.executor import Stage
 from ragged_exit.models.base import EarlyExitModel, EncoderFactory, ExitPoint, build, config_from_dict
 from ragged_exit.models.full_depth import FullDepth
@@ -130,7 +131,7 @@ def _check_members(members: Sequence[EarlyExitModel]) -> None:
                 f"members: expected member {number} to take what member 1 takes, {first.max_position_embeddings} "
                 f"positions, got {member.config.max_position_embeddings}"
             )
-        if ("roberta" in (member.config.model_type, first.model_type)) and member.config.model_type != first.model_type:
+        if (member.config.model_type in ROBERTA_LIKE) != (first.model_type in ROBERTA_LIKE):
             raise ValueError("members: expected all or none to count positions as RoBERTa does")
 
 

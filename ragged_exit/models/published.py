@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ragged_exit.backbones import ROBERTA_LIKE
 from ragged_exit.models.base import EarlyExitModel
 
 Rename = tuple[str, str]  # a regular expression for the whole key, and what it becomes
@@ -75,7 +76,8 @@ def with_architecture(saved: dict[str, Any], keys: Iterable[str]) -> dict[str, A
     The padding id of another architecture goes with its name: positions may count from it. FastBERT's keys tell none.
     """
     kind = next((_ARCHITECTURES[start] for name in keys if (start := name.partition(".")[0]) in _ARCHITECTURES), None)
-    if kind is None or saved.get("model_type") == kind:
+    given = saved.get("model_type")
+    if kind in (None, given) or (kind == "roberta" and given in ROBERTA_LIKE):  # whose keys start alike
         return saved
     return {name: value for name, value in saved.items() if name != "pad_token_id"} | {"model_type": kind}
 

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 import ragged_exit as rx
-from ragged_exit.backbones import backbone_weights
+from ragged_exit.backbones import ROBERTA_LIKE, backbone_weights
 from ragged_exit.models.base import new_backbone
 from ragged_exit.models.uer import UerModel
 
-KINDS = ("albert", "bert", "distilbert", "electra", "roberta", "uer")
+KINDS = ("albert", "bert", "distilbert", "electra", "uer", *ROBERTA_LIKE)
 
 
 def tiny(kind: str, **changes: object) -> nn.Module:
@@ -39,8 +39,8 @@ def tiny(kind: str, **changes: object) -> nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_equals_the_padded_model(kind: str, side: str, impl: str) -> None:
     backbone = tiny(kind)
-    ids, mask = padded(random_rows(9), side=side, fill=1 if kind == "roberta" else 0)
-    types = {} if kind in ("distilbert", "roberta") else {"token_type_ids": (ids % 2) * mask}
+    ids, mask = padded(random_rows(9), side=side, fill=1 if kind in ROBERTA_LIKE else 0)
+    types = {} if kind in ("distilbert", *ROBERTA_LIKE) else {"token_type_ids": (ids % 2) * mask}
     with torch.no_grad():
         hidden = backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True, **types).hidden_states
     encoder = packed_encoder(backbone, impl)

@@ -261,6 +261,13 @@ def test_the_keys_tell_the_architecture(kind: str, wrong: dict[str, Any], tmp_pa
     assert rx.load(tmp_path / "again").config.model_type == kind
 
 
+def test_an_architecture_whose_keys_start_alike_stays(tmp_path: Path) -> None:
+    source = tiny_deebert(roberta_config())
+    config = config_dict(source) | {"model_type": "xlm-roberta", "pad_token_id": 0}
+    loaded = rx.load(write(tmp_path, to_published(source, "roberta"), config))
+    assert loaded.config.model_type == "xlm-roberta" and loaded.config.pad_token_id == 0
+
+
 def test_old_names_are_understood_and_position_ids_ignored(tmp_path: Path) -> None:
     source = tiny_deebert()
     state = {

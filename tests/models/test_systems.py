@@ -19,10 +19,12 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    CamembertForSequenceClassification,
     DistilBertForMultipleChoice,
     DistilBertForSequenceClassification,
     ElectraForSequenceClassification,
     RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
 )
 
 import ragged_exit as rx
@@ -32,9 +34,11 @@ from ragged_exit.models.highway import cosine_distances
 FINE_TUNED = {
     "albert": AlbertForSequenceClassification,
     "bert": BertForSequenceClassification,
+    "camembert": CamembertForSequenceClassification,
     "distilbert": DistilBertForSequenceClassification,
     "electra": ElectraForSequenceClassification,
     "roberta": RobertaForSequenceClassification,
+    "xlm-roberta": XLMRobertaForSequenceClassification,
 }
 SYSTEMS = (rx.Berxit, rx.De3Bert, rx.DeeBert, rx.ElasticBert, rx.FastBert, rx.FullDepth, rx.Pabee)
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -328,6 +332,23 @@ def test_a_rule_given_to_a_cascade_and_its_member_is_two_rules(callee: str) -> N
     with torch.no_grad():
         output = cascade(ids, mask)
     assert output.exit_member.tolist() == [1] * 4 and output.exit_layer.tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert"])
+def test_a_cascades_members_count_positions_alike(kind: str) -> None:
+    members = [randomised(rx.FullDepth(config_of(kind))), randomised(rx.FullDepth(config_of("roberta")))]
+    cascade = rx.CascadeBert.from_members(members)
+    ids, mask = batch_of(random_rows(4), kind)
+    for threshold in (0.0, 1.0):
+        cascade.rule = rx.MaxProb(threshold)
+        with torch.no_grad():
+            expected = cascade(ids, mask).logits
+        fast = rx.accelerate(cascade, impl="reference")(ids, mask).logits
+        torch.testing.assert_close(fast, expected, rtol=0, atol=2e-5)
+    bert = rx.FullDepth(config_of("bert", pad_token_id=1, max_position_embeddings=26))
+    for mixed in ([bert, members[0]], [members[0], bert]):
+        with pytest.raises(ValueError, match="all or none to count positions as RoBERTa does"):
+            rx.CascadeBert.from_members(mixed)
 
 
 def test_a_cascade_checks_every_members_tables_at_entry(monkeypatch: pytest.MonkeyPatch) -> None:
