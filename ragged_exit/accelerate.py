@@ -45,7 +45,7 @@ def accelerate(
     Raises TypeError when ``model`` is no early-exit model or ``rule`` no rule; ValueError for a field that the rule
     does not have, thresholds of another number than exits, a dtype that the device cannot run, a weight that is sharded
     or quantised, or a module in place of a linear, an embedding or a LayerNorm that does more with its weight, as an
-    adapter's.
+    adapter's; and for what ``backbone_weights`` refuses.
     """
     if not isinstance(model, EarlyExitModel):
         raise TypeError(f"model: expected an early-exit model of ragged_exit, got {type(model).__name__}")

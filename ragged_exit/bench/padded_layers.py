@@ -25,4 +25,4 @@ def padded_layers(backbone: Any) -> list[nn.Module]:
     if backbone.config.model_type != "albert":
         return list(backbone.encoder.layer)
     groups, depth = backbone.encoder.albert_layer_groups, backbone.config.num_hidden_layers
-    return [groups[index * len(groups) // depth] for index in range(depth)]
+    return [groups[int(index / (depth / len(groups)))] for index in range(depth)]  # rounded as transformers does

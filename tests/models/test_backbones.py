@@ -122,7 +122,9 @@ def test_uer_equals_its_formulas() -> None:
 
 
 def test_what_is_not_supported_is_named() -> None:
-    with pytest.raises(ValueError, match=r"expected an encoder of \['albert', .*'uer'\], got model type 'gpt2'"):
+    with pytest.raises(
+        ValueError, match=r"expected an encoder of \['albert', .*'xlm-roberta'\], got model type 'gpt2'"
+    ):
         backbone_weights(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)))
     config = AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16, inner_group_num=2, vocab_size=9)
     with pytest.raises(ValueError, match="inner_group_num 1, got 2"):
