@@ -10,7 +10,6 @@ Random weights. Memory is the process's peak over what it held before the first 
 from __future__ import annotations
 
 import functools
-import json as jsonlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ragged_exit.accelerate import AcceleratedModel, accelerate
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.options import Shape
 from ragged_exit.bench.synthetic import random_deebert
 from ragged_exit.calibration.exit_table import exit_table
@@ -71,7 +70,7 @@ def main(
         console.print(table)
     if json is not None:
         kind = {"shape": shape, "dtype": dtype.value}
-        json.write_text(jsonlib.dumps({"environment": environment(), **kind, "curves": found}, indent=1) + "\n")
+        write_result(json, {"environment": environment(), **kind, "curves": found})
     if plot is not None:
         _draw(found, f"{shape}, {dtype.value}", plot)
 

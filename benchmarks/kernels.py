@@ -14,7 +14,6 @@ the others go on.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ragged_exit.batch import RaggedBatch
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import add_layer_norm, compact, embed_layer_norm, exit_decide, exit_step, varlen_attention
 from ragged_exit.rules import Entropy
@@ -458,17 +457,9 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(attempt(make, options.repeats, peaks))
             print(line(rows[-1]), flush=True)
             if options.json:
-                write(options.json, result)
+                write_result(options.json, result)
     show(rows, peaks)
     return 1 if any(row.keys() & {"error", "errors"} or row["disagreement"] for row in rows) else 0
-
-
-def write(path: Path, result: dict) -> None:
-    """In one step: cut off midway, it leaves the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name("." + path.name)
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
-    scratch.replace(path)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.heads import MlpHead
 from ragged_exit.ops import linears_available, native, pack_linear, reference
 from ragged_exit.ops.exit_step import packed_for
@@ -358,8 +357,7 @@ def main() -> int:
     console = Console()
     Console(width=None if console.is_terminal else 140).print(table)
     if arguments.json:
-        report = {"environment": environment(), "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_result(arguments.json, {"environment": environment(), "rows": [asdict(row) for row in rows]})
     return 1 if any(row.ratio is None for row in rows) else 0
 
 

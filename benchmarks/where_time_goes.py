@@ -11,7 +11,6 @@ back to back, without activation (as roofline_fraction counts).
 
 from __future__ import annotations
 
-import json as jsonlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.contenders import full_depth_stage, ragged
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.roofline import linear_seconds
 from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform_exits
@@ -83,7 +82,7 @@ def main(
     _print(f"BERT {shape}, {profile_name}, {dtype.value}, {'full depth' if full else 'exits'}", seconds, wall, alone)
     if json is not None:
         found = {"seconds": seconds, "wall": wall, "linears_alone": alone, "token_budget": token_budget, "rows": rows}
-        json.write_text(jsonlib.dumps({"environment": environment(), **found}, indent=1) + "\n")
+        write_result(json, {"environment": environment(), **found})
 
 
 def _print(title: str, seconds: dict[str, float], wall: float, alone: float) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,6 +43,14 @@ def environment() -> dict[str, object]:
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def write_result(path: Path, result: Mapping[str, object]) -> None:
+    """As JSON, in one step, so that whoever is cut off midway leaves the last one; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name("." + path.name)
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
 
 
 def cpu_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from ragged_exit.bench.contenders import (
     padded_by,
     ragged,
 )
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.measure import MARGIN, Measured, References, references
 from ragged_exit.bench.report import contender_row, realised_over_ideal
 from ragged_exit.bench.workload import Workload
@@ -193,11 +192,7 @@ class CardReport:
         return row | {"share_of_matrix_rate": self.share_of_matrix_rate(item)}
 
     def write_json(self, path: Path) -> None:
-        """In one step: cut off midway, it leaves the last one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name("." + path.name)
-        scratch.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        scratch.replace(path)
+        write_result(path, self.to_dict())
 
     def progress(self) -> str:
         """A line on what is known so far."""

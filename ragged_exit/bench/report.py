@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.measure import Measured
 from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.threshold import Point
@@ -91,8 +90,7 @@ class Report:
         }
 
     def write_json(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_result(path, self.to_dict())
 
     def print(self, console: Console) -> None:
         table = Table(title=self.title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ragged_exit.bench.environment import environment
+from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.quality.models import FULL
 from ragged_exit.bench.quality.points import Point
 from ragged_exit.bench.quality.published import BASELINE, retention
@@ -116,9 +115,8 @@ def _published(task: str, point: Point) -> str:
 
 def write_json(path: Path, reports: Sequence[TaskReport]) -> None:
     """All tasks in one file."""
-    content = {"environment": environment(), "tasks": {report.task: report.as_dict() for report in reports}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    tasks = {report.task: report.as_dict() for report in reports}
+    write_result(path, {"environment": environment(), "tasks": tasks})
 
 
 def draw(path: Path, reports: Sequence[TaskReport]) -> None:
