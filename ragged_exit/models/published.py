@@ -77,6 +77,8 @@ def with_architecture(saved: dict[str, Any], keys: Iterable[str]) -> dict[str, A
     """
     kind = next((_ARCHITECTURES[start] for name in keys if (start := name.partition(".")[0]) in _ARCHITECTURES), None)
     given = saved.get("model_type")
+    if kind == given == "roberta" and saved.get("pad_token_id") == 0:  # old transformers counted from 1 all the same
+        return {name: value for name, value in saved.items() if name != "pad_token_id"}
     if kind in (None, given) or (kind == "roberta" and given in ROBERTA_LIKE):  # whose keys start alike
         return saved
     return {name: value for name, value in saved.items() if name != "pad_token_id"} | {"model_type": kind}

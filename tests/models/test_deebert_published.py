@@ -246,7 +246,16 @@ def test_bert_and_roberta_layouts(kind: str, file: str, tmp_path: Path) -> None:
     torch.testing.assert_close(fast.logits, expected.logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"model_type": "bert", "pad_token_id": 0}, {"model_type": "albert"}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"model_type": "bert", "pad_token_id": 0},
+        {"model_type": "albert"},
+        {"model_type": "roberta", "pad_token_id": 0},  # as old versions wrote it, which counted positions from 1
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_the_keys_tell_the_architecture(kind: str, wrong: dict[str, Any], tmp_path: Path) -> None:
     """Castorini's config.json is older than model_type; RoBERTa's weights in a BERT would answer, and wrong."""
