@@ -73,7 +73,7 @@ gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace || echo "the CPU kernels are not built; the GPU's do not need them"
 
 gpu-kernels:
-	$(GPU_LIMIT) $(PYTHON) benchmarks/kernels.py --json $(GPU_RESULTS)/kernels-gpu.json
+	$(GPU_LIMIT) $(PYTHON) benchmarks/gpu_kernels.py --json $(GPU_RESULTS)/kernels-gpu.json
 
 gpu-encoder:
 	$(GPU_LIMIT) $(PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/encoder-gpu.json

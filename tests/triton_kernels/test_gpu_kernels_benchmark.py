@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py needs a GPU to time anything; its cases and its comparison run anywhere."""
+"""benchmarks/gpu_kernels.py needs a GPU to time anything; its cases and its comparison run anywhere."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-_SPEC = importlib.util.spec_from_file_location("kernels", Path(__file__).parents[2] / "benchmarks" / "kernels.py")
+_SPEC = importlib.util.spec_from_file_location(
+    "gpu_kernels", Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
+)
 kernels = importlib.util.module_from_spec(_SPEC)
-sys.modules["kernels"] = kernels
+sys.modules["gpu_kernels"] = kernels
 _SPEC.loader.exec_module(kernels)
 
 

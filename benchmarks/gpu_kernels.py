@@ -1,6 +1,6 @@
 """Each op on a CUDA device against the same maths in eager PyTorch and under torch.compile.
 
-    python benchmarks/kernels.py [--dtype bf16|fp16|fp32] [--repeats 15] [--json FILE]
+    python benchmarks/gpu_kernels.py [--dtype bf16|fp16|fp32] [--repeats 15] [--json FILE]
 
 Two times a contender: "replay", a CUDA graph of the op, and "call", launched from Python. Rounds are interleaved, the
 median counts. Before any timing the results are compared in float64: exits must be equal outside the margin, values
@@ -445,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
-            "benchmarks/kernels.py: this machine has no CUDA device, and the Triton kernels are timed on nothing else"
+            "benchmarks/gpu_kernels.py: this machine has no CUDA device; the Triton kernels are timed on nothing else"
         )
         return 2
     dtype = DTYPES[options.dtype]
