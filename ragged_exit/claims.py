@@ -1,4 +1,4 @@
-"""Claims: a file that says which run a folder of unfinished work belongs to, so that only our own work is deleted."""
+"""Claims: which run a folder of unfinished work belongs to, which process is at work there, and how the run ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_claim(folder: Path, keys: Iterable[str], name: str) -> dict[str, Any] |
 
     Raises ValueError, naming the argument ``name``, for a folder with anything in it and no such claim: it is not ours.
     """
-    if not folder.exists() or all(path.name in (_SCRATCH, _OUTCOME, _LOCK) for path in folder.iterdir()):
+    if not folder.exists() or all(path.name in (_SCRATCH, _LOCK) for path in folder.iterdir()):
         return None
     try:
         found = json.loads((folder / _CLAIM).read_text())
@@ -56,23 +56,23 @@ def only_process(folder: Path, keys: Iterable[str], name: str) -> Iterator[None]
 
 
 def end_claim(folder: Path, outcome: Any) -> None:
-    """The run is over: delete its folder. Where that is cut short, ``read_outcome`` knows the JSON value ``outcome``.
+    """The run that claims ``folder`` is over: delete it. Where that is cut short, ``read_outcome`` knows ``outcome``.
 
-    The claim goes last but for the outcome, so that the folder stays ours.
+    outcome: any JSON value but None. The claim goes last, so that the folder stays ours.
     """
     write_json(folder / _OUTCOME, outcome)
-    kept = (_CLAIM, _OUTCOME, _LOCK)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in kept:
+        elif path.name not in (_CLAIM, _OUTCOME, _LOCK):
             path.unlink()
-    (folder / _CLAIM).unlink(missing_ok=True)
+    (folder / _OUTCOME).unlink()
+    (folder / _CLAIM).unlink()
     shutil.rmtree(folder)
 
 
 def read_outcome(folder: Path) -> Any:
-    """What a run that is over came to, where deleting its folder was cut short; else None."""
+    """What the run that claims ``folder`` (see ``read_claim``) came to, where it is over and still there; else None."""
     outcome = folder / _OUTCOME
     return json.loads(outcome.read_text()) if outcome.is_file() else None
 

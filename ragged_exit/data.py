@@ -231,9 +231,8 @@ def check_quotes(path: Path) -> None:
     """Raise ValueError for a .csv with a quote that does not close: Arrow would take all that follows for one cell."""
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
-        with path.open(
-            newline="", encoding="utf-8-sig", errors="surrogateescape"
-        ) as file:  # Arrow says what is no UTF-8
+        # what is no UTF-8 Arrow says
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.reader(file, strict=True)
             for _ in rows:
                 pass

@@ -42,18 +42,25 @@ def test_an_end_that_is_cut_short_anywhere(tmp_path, monkeypatch):
                 end_claim(folder, [3, 0])
             except KeyboardInterrupt:
                 cuts += 1
-        if folder.exists():
-            assert read_outcome(folder) == [3, 0] and read_claim(folder, RUN, "out") in (RUN, None)
-            end_claim(folder, read_outcome(folder))
-        assert not folder.exists()
-    assert 2 <= cuts < 10
+        found = read_claim(folder, RUN, "out")  # never a folder that is not ours
+        if found is not None:
+            assert found == RUN and (read_outcome(folder) == [3, 0] or not (folder / "a").exists())
+            end_claim(folder, [3, 0])
+            assert not folder.exists()
+    assert 3 <= cuts < 10
+
+
+def test_an_outcome_does_not_make_a_folder_ours(tmp_path):
+    (tmp_path / "outcome.json").write_text("[3, 0]")
+    with pytest.raises(ValueError, match="holds files that are no unfinished run"):
+        read_claim(tmp_path, RUN, "out")
 
 
 def test_the_claim_goes_after_the_work(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: seen.append(path.name))
     end_claim(work(tmp_path / "run"), 1)
-    assert set(seen[:-1]) == {"a", "z"} and seen[-1] == "run.json"
+    assert set(seen[:-2]) == {"a", "z"} and seen[-2:] == ["outcome.json", "run.json"]
 
 
 OTHER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,12 @@ def test_a_kill_while_the_work_is_deleted_leaves_a_finished_model(encoder, revie
     assert run(*arguments)[0] == 0
     (tmp_path / "out" / "unfinished").mkdir()
     (tmp_path / "out" / "unfinished" / "outcome.json").write_text("true")
+    (tmp_path / "out" / "unfinished" / "precious.txt").write_text("precious")
+    code, output = run(*arguments)
+    assert code == 2 and "holds files that are no unfinished run" in " ".join(output.split())
+    assert (tmp_path / "out" / "unfinished" / "precious.txt").exists()
+    claim = {"command": "fit", "system": "deebert"}
+    (tmp_path / "out" / "unfinished" / "run.json").write_text(json.dumps(claim))
     code, output = run(*arguments)
     assert code == 2 and "holds a model already" in " ".join(output.split())
     assert not (tmp_path / "out" / "unfinished").exists()

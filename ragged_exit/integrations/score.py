@@ -78,8 +78,8 @@ def score_file(
     folder = out.with_name(out.name + ".parts")
     run = _description(options, source, text, text2)
     with only_process(folder, run, "out"):
+        _claim(folder, out, run)
         if (scored := read_outcome(folder)) is None:
-            _claim(folder, out, run)
             scored = _score(options, source, out, folder, text, text2, engine, on_rows)
         end_claim(folder, scored)
     return Scored(*scored)
@@ -130,7 +130,7 @@ def _claim(folder: Path, out: Path, run: dict[str, Any]) -> None:
         return
     if out.exists():
         raise ValueError(f"out: {out} is there already; delete it or give another name")
-    if found is not None and any(folder.glob("out-*.parquet")):
+    if found is not None and (any(folder.glob("out-*.parquet")) or read_outcome(folder) is not None):
         raise ValueError(f"out: {folder} holds parts of a run with another model, input or options; delete it first")
     (folder / _LISTING).unlink(missing_ok=True)
     write_claim(folder, run)

@@ -83,7 +83,7 @@ def join(parts: Iterable[Path], out: Path, folder: Path) -> None:
     folder: on the same disk, where what is not whole yet lies.
     In a .tsv a tab or line break inside a cell becomes a space; see ``check_tsv_ids``.
     """
-    scratch = folder / out.name
+    scratch = folder / "whole"  # no shard's name, whatever out is called
     tables = (pa.parquet.read_table(part) for part in parts)
     writers = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": _write_csv, ".tsv": _write_tsv}
     writers[out.suffix.lower()](tables, scratch)

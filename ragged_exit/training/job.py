@@ -65,8 +65,9 @@ def run_fit(
     if system == "fastbert" and pooling != "cls":
         raise ValueError("pooling: fastbert's heads see all tokens, and are asked for none")
     run = out / RUN_FOLDER
-    if (outcome := read_outcome(run)) is not None:  # the model is there, and only deleting the rest was cut short
-        end_claim(run, outcome)
+    claim = {"command": "fit", "system": system}
+    if read_claim(run, claim, "out") is not None and (outcome := read_outcome(run)) is not None:
+        end_claim(run, outcome)  # the model is there, and only deleting the rest was cut short
     if (out / "config.json").exists() and not run.exists():  # with it the end of a run was cut short
         raise ValueError(f"out: {out} holds a model already; delete it or give another folder")
     text = read_text_data(data)
@@ -88,7 +89,7 @@ def run_fit(
         model.config.id2label = dict(enumerate(text.label_names))
         model.config.label2id = {name: label for label, name in enumerate(text.label_names)}
     say(f"{system}: {len(train):,} training rows, {len(valid):,} validation rows, of at most {limit} tokens")
-    _claim(run, system)
+    _claim(run, claim)
     if isinstance(model, CascadeBert):
         fit_cascade(model, train, valid, folds=folds, seed=seed, work_dir=run / "model", **options)
     else:
@@ -101,9 +102,8 @@ def run_fit(
     return Fitted(model, valid)
 
 
-def _claim(run: Path, system: str) -> None:
+def _claim(run: Path, claim: dict[str, Any]) -> None:
     """Make the folder ours: it is deleted in the end."""
-    claim = {"command": "fit", "system": system}
     found = read_claim(run, claim, "out")
     if found not in (None, claim) and has_progress(run):
         raise ValueError(f"out: {run} holds an unfinished run of another system; delete it first")

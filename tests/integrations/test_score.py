@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -285,13 +284,15 @@ def test_a_kill_while_the_parts_are_deleted_is_no_failure(checkpoint, tmp_path, 
 
     def killed(folder, outcome):
         with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(Path, "unlink", lambda path, missing_ok=False: (_ for _ in ()).throw(KeyboardInterrupt))
             end_claim(folder, outcome)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(score_module, "end_claim", killed)
         score_file(ScoreOptions(str(checkpoint)), source, out)
     assert out.exists() and (tmp_path / "out.csv.parts").exists()
+    with pytest.raises(ValueError, match=r"out: .* is there already"):  # not the answers that these options ask for
+        score_file(ScoreOptions(str(checkpoint), threshold=0.1), source, out)
     assert score_file(ScoreOptions(str(checkpoint)), source, out) == (5, 1)
     assert not (tmp_path / "out.csv.parts").exists()
 
@@ -357,6 +358,14 @@ def test_a_score_that_is_no_number_is_null_in_json(tmp_path):
     shards.write_whole(tmp_path / "part.parquet", table)
     shards.join([tmp_path / "part.parquet"], tmp_path / "out.jsonl", tmp_path)
     assert read(tmp_path / "out.jsonl") == [{"id": "0", "score": None}, {"id": "1", "score": 0.5}]
+
+
+@pytest.mark.parametrize("name", ["in-000000.parquet", "out-000001.parquet", "whole.parquet"])
+def test_an_output_may_be_called_as_a_shard(name, checkpoint, tmp_path, small_shards):
+    source = write(tmp_path / "in.csv", texts(60))
+    score_file(ScoreOptions(str(checkpoint)), source, tmp_path / name)
+    score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "wanted.parquet")
+    assert read(tmp_path / name) == read(tmp_path / "wanted.parquet")
 
 
 def test_a_large_row_group_is_read_in_pieces(tmp_path):
