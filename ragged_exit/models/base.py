@@ -6,25 +6,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.executor import Lesson, Stage
 from ragged_exit.heads import HeadOutput
+from ragged_exit.models.checkpoint import WEIGHTS_FILE, load_strictly, read_config, read_state
 from ragged_exit.models.uer import UerConfig, UerModel
 from ragged_exit.ops.reference import exit_decide
 from ragged_exit.outputs import ExitOutput
 from ragged_exit.rules import ExitRule, rule_from_dict
 
-WEIGHTS_FILE = "model.safetensors"
 IGNORED = -100  # a label that does not count, PyTorch's own default
 SYSTEMS: dict[str, type[EarlyExitModel]] = {}  # every system by its name, as config.json has it
 EncoderFactory = Callable[[nn.Module], PackedEncoder]
@@ -202,52 +200,6 @@ def read_own(path: Path, saved: dict[str, Any]) -> EarlyExitModel:
     return model.eval()
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises FileNotFoundError without one, ValueError for one that holds no object."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"directory: expected {path}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as json: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
-    return config
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint directory. Never runs code from the file.
-
-    Raises FileNotFoundError where there are none, ValueError for a file that is not whole.
-    """
-    if (path / WEIGHTS_FILE).is_file():
-        return _read_safetensors(path / WEIGHTS_FILE)
-    if (path / "pytorch_model.bin").is_file():
-        return _read_bin(path / "pytorch_model.bin")
-    raise FileNotFoundError(f"directory: expected {WEIGHTS_FILE} or pytorch_model.bin in {path}")
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:  # torch's own words advise to run code from the file
-        raise ValueError(
-            f"{path}: expected a dict of tensors as torch.save writes it; "
-            "the file is cut short, is something else (a git-lfs pointer, say) or holds more than tensors"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")
-    return state
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def build(section: dict[str, Any], saved_config: dict[str, Any]) -> EarlyExitModel:
     """A model with random fp32 weights from what ``section`` wrote and its backbone's config.
 
@@ -343,18 +295,3 @@ def new_backbone(config: PretrainedConfig) -> nn.Module:
         return AutoModel.from_config(config, add_pooling_layer=False, dtype=torch.float32)
     except TypeError:  # architectures without a pooler do not take the argument
         return AutoModel.from_config(config, dtype=torch.float32)
-
-
-def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """``load_state_dict`` that lists every missing and unexpected key and every shape that differs."""
-    own = model.state_dict()
-    missing = sorted(set(own) - set(state))
-    unexpected = sorted(set(state) - set(own))
-    shapes = [
-        f"{name}: expected {list(own[name].shape)}, got {list(state[name].shape)}"
-        for name in sorted(set(own) & set(state))
-        if own[name].shape != state[name].shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(f"{source}: missing keys {missing}; unexpected keys {unexpected}; other shapes {shapes}")
-    model.load_state_dict(state)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 # each import registers a system and its published layouts: a new system is a line here
 from ragged_exit.models import berxit, cascade, de3bert, deebert, elasticbert, fastbert, full_depth, pabee  # noqa: F401
-from ragged_exit.models.base import EarlyExitModel, load_strictly, read_config, read_own, read_state
+from ragged_exit.models.base import EarlyExitModel, read_own
+from ragged_exit.models.checkpoint import load_strictly, read_config, read_state
 from ragged_exit.models.published import detect_layout, rename_keys, with_architecture
 
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
