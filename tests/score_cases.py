@@ -1,12 +1,16 @@
-"""A tiny checkpoint with a tokenizer, a file of texts, and `ragged-exit score` as a process."""
+"""A tiny checkpoint with a tokenizer, files of texts and of answers, and `ragged-exit score` as a process."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import torch
 from cli_cases import WORDS, save_encoder
 from tiny import randomise
@@ -43,3 +47,26 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         command(*arguments), env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def write(path, rows: list[str], **columns):
+    table = pa.table({"text": rows, **columns})
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(table, path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    else:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        style = "none" if path.suffix == ".tsv" else "all_valid"
+        options = pa.csv.WriteOptions(delimiter=delimiter, quoting_style=style, quoting_header=style)
+        pa.csv.write_csv(table, path, write_options=options)
+    return path
+
+
+def read(path) -> list[dict]:
+    if path.suffix == ".parquet":
+        return pa.parquet.read_table(path).to_pylist()
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    quoting = {"delimiter": "\t", "quote_char": False} if path.suffix == ".tsv" else {}  # the package's own rule
+    return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(**quoting)).to_pylist()

@@ -1,12 +1,10 @@
-"""Scoring files: the answers are the model's, in order; bad rows cost only themselves; kills cost nothing."""
+"""Scoring files: the answers are the model's, in order, from and to every format; bad rows cost only themselves."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import signal
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,13 +12,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
-from score_cases import save_checkpoint, start, texts
+from score_cases import read, save_checkpoint, texts, write
 from tiny import one_thread  # noqa: F401  (autouse)
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import ragged_exit as rx
-from ragged_exit.claims import end_claim
 from ragged_exit.cli import app
 from ragged_exit.integrations import score as score_module
 from ragged_exit.integrations import shards
@@ -31,40 +28,6 @@ from ragged_exit.integrations.shards import split
 
 NO_TEXT = "text: expected a string, got null, a list, an object or bytes that are not UTF-8"
 NO_UTF8 = pa.array([b"good", b"\xff\xfe", None, b"bad"])
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return save_checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    """Shards of 16 rows, for files of a few hundred."""
-    monkeypatch.setattr(score_module, "split", lambda *arguments: split(*arguments, shard_rows=16))
-
-
-def write(path, rows: list[str], **columns):
-    table = pa.table({"text": rows, **columns})
-    if path.suffix == ".parquet":
-        pa.parquet.write_table(table, path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-    else:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        style = "none" if path.suffix == ".tsv" else "all_valid"
-        options = pa.csv.WriteOptions(delimiter=delimiter, quoting_style=style, quoting_header=style)
-        pa.csv.write_csv(table, path, write_options=options)
-    return path
-
-
-def read(path) -> list[dict]:
-    if path.suffix == ".parquet":
-        return pa.parquet.read_table(path).to_pylist()
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    quoting = {"delimiter": "\t", "quote_char": False} if path.suffix == ".tsv" else {}  # the package's own rule
-    return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(**quoting)).to_pylist()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -255,60 +218,6 @@ def test_long_texts_are_cut_and_numbers_stay_texts(checkpoint, tmp_path, max_len
         assert row["exit_layer"] == answer.exit_layer and row["logits"] == answer.logits.tolist()
 
 
-def test_a_raised_engine_keeps_what_is_done(checkpoint, tmp_path, small_shards):
-    source = write(tmp_path / "in.parquet", texts(80))
-    answered = []
-
-    def dies_after_two(options, shards):
-        for number, rows in enumerate(score_module.score_locally(options, shards)):
-            if number == 2:
-                raise KeyboardInterrupt
-            answered.append(rows)
-            yield rows
-
-    with pytest.raises(KeyboardInterrupt):
-        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies_after_two)
-    assert not (tmp_path / "out.csv").exists()
-    seen = []
-    score_file(
-        ScoreOptions(str(checkpoint)),
-        source,
-        tmp_path / "out.csv",
-        on_rows=lambda done, total: seen.append(done),
-    )
-    assert seen[0] >= 32 and seen[-1] == 80  # two shards at least were not done again
-
-
-def test_a_kill_while_the_parts_are_deleted_is_no_failure(checkpoint, tmp_path, monkeypatch):
-    source, out = write(tmp_path / "in.parquet", [*texts(4), None]), tmp_path / "out.csv"
-
-    def killed(folder, outcome):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", lambda path, missing_ok=False: (_ for _ in ()).throw(KeyboardInterrupt))
-            end_claim(folder, outcome)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(score_module, "end_claim", killed)
-        score_file(ScoreOptions(str(checkpoint)), source, out)
-    assert out.exists() and (tmp_path / "out.csv.parts").exists()
-    with pytest.raises(ValueError, match=r"out: .* is there already"):  # not the answers that these options ask for
-        score_file(ScoreOptions(str(checkpoint), threshold=0.1), source, out)
-    assert score_file(ScoreOptions(str(checkpoint)), source, out) == (5, 1)
-    assert not (tmp_path / "out.csv.parts").exists()
-
-
-def test_two_runs_do_not_write_one_file(checkpoint, tmp_path):
-    source, out = write(tmp_path / "in.parquet", texts(4)), tmp_path / "out.csv"
-
-    def second(options, shards):
-        with pytest.raises(ValueError, match="out: another process is at work in"):
-            score_file(ScoreOptions(str(checkpoint), threshold=100.0), source, out)
-        yield from score_module.score_locally(options, shards)
-
-    score_file(ScoreOptions(str(checkpoint)), source, out, engine=second)
-    assert len(read(out)) == 4
-
-
 def test_workers_may_have_other_working_directories(checkpoint, tmp_path, monkeypatch):
     write(tmp_path / "in.csv", texts(4))
     monkeypatch.chdir(tmp_path)
@@ -322,22 +231,6 @@ def test_workers_may_have_other_working_directories(checkpoint, tmp_path, monkey
 
     score_file(ScoreOptions(checkpoint.name), Path("in.csv"), Path("out.csv"), engine=elsewhere)
     assert all(Path(path).is_absolute() for path in seen) and len(read(tmp_path / "out.csv")) == 4
-
-
-def test_a_failed_join_leaves_nothing_beside_the_output(checkpoint, tmp_path, monkeypatch):
-    source = write(tmp_path / "in.csv", texts(4))
-    before = set(tmp_path.iterdir())
-
-    def full(tables, path):
-        path.write_text("half")
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(shards, "_write_jsonl", full)
-        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl")
-    assert set(tmp_path.iterdir()) - before == {tmp_path / "out.jsonl.parts"}
-    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl") == (4, 0)
-    assert set(tmp_path.iterdir()) - before == {tmp_path / "out.jsonl"}
 
 
 def test_an_answer_that_is_no_number_is_an_error(checkpoint, tmp_path):
@@ -417,31 +310,6 @@ def test_names_with_brackets_are_written_and_told(checkpoint, tmp_path):
     assert result.exit_code == 0 and out.exists() and "out[bold][/x].csv" in "".join(result.output.split())
 
 
-def test_another_runs_parts_are_refused(checkpoint, tmp_path, small_shards):
-    source = write(tmp_path / "in.parquet", texts(40))
-
-    def dies_after_one(options, shards):
-        yield next(score_module.score_locally(options, shards))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv", engine=dies_after_one)
-    with pytest.raises(ValueError, match="another model, input or options"):
-        score_file(ScoreOptions(str(checkpoint), threshold=0.1), source, tmp_path / "out.csv")
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"threshold": float("nan")}, {"model": "nowhere"}, {"text": "words"}, {"text": "other"}], ids=str
-)
-def test_a_call_that_failed_does_not_block_the_right_one(wrong, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = write(tmp_path / "in.parquet", texts(4), other=[[1]] * 4)
-    options = {"model": str(checkpoint)} | {name: value for name, value in wrong.items() if name != "text"}
-    with pytest.raises((ValueError, OSError)):
-        score_file(ScoreOptions(**options), source, tmp_path / "out.csv", text=wrong.get("text", "text"))
-    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (4, 0)
-
-
 def test_a_rule_that_learns_is_refused_until_it_is_calibrated(checkpoint, tmp_path):
     """Resumed, the bandit would start anew in the middle; on two workers there would be two."""
     model = rx.load(checkpoint)
@@ -453,44 +321,6 @@ def test_a_rule_that_learns_is_refused_until_it_is_calibrated(checkpoint, tmp_pa
     result = CliRunner().invoke(app, ["calibrate", str(checkpoint), str(source), "--speedup", "1.2"])
     assert result.exit_code == 0, result.output
     assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv") == (40, 0)
-
-
-@pytest.mark.parametrize("name", ["precious.txt", "run.json"])
-def test_a_folder_that_is_not_ours_is_refused_and_stays(name, checkpoint, tmp_path):
-    precious = tmp_path / "out.csv.parts" / name
-    precious.parent.mkdir()
-    source = write(tmp_path / "in.csv", texts(4))
-    precious.write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"out: the folder .*parts holds files that are no unfinished run"):
-        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv")
-    assert precious.read_text() == '{"a": 1}'
-    precious.unlink()  # an empty folder is nobody's
-    assert score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.csv").rows == 4
-
-
-def test_killed_three_times_and_resumed_is_uninterrupted(checkpoint, tmp_path):
-    """SIGKILL while shards are being answered; the joined file is the uninterrupted run's, byte for byte."""
-    source = write(tmp_path / "in.jsonl", texts(60_000))
-    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    parts = tmp_path / "out.jsonl.parts"
-    kills = []
-    for kill in range(3):
-        process = start(checkpoint, source, out, "--threads", 1)
-        deadline = time.monotonic() + 240
-        while process.poll() is None and len(list(parts.glob("out-*.parquet"))) < 2 * (kill + 1):
-            assert time.monotonic() < deadline, "no shard was answered"
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills.append(len(list(parts.glob("out-*.parquet"))))
-        process.communicate()
-    assert len(kills) == 3 and not out.exists()
-    for path in (out, whole):
-        process = start(checkpoint, source, path, "--threads", 1)
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
-    assert out.read_bytes() == whole.read_bytes()
-    assert len(out.read_text().splitlines()) == 60_000
 
 
 @pytest.mark.parametrize(
@@ -510,12 +340,3 @@ def test_bad_input_is_one_clear_line(name, content, message, checkpoint, tmp_pat
         source.write_text(content)
     result = CliRunner().invoke(app, ["score", str(checkpoint), str(source), str(tmp_path / "out.csv")])
     assert result.exit_code == 2 and message in result.output.replace("\n", " ") and "Traceback" not in result.output
-
-
-def test_an_output_that_is_there_is_not_overwritten(checkpoint, tmp_path):
-    out = tmp_path / "out.csv"
-    out.write_text("precious")
-    source = write(tmp_path / "in.csv", ["good"])
-    with pytest.raises(ValueError, match="out: "):
-        score_file(ScoreOptions(str(checkpoint)), source, out)
-    assert out.read_text() == "precious"

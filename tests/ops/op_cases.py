@@ -233,3 +233,18 @@ def check_decide(case: DecideCase, impl: str) -> tuple[MarginReport, ExitDecisio
     report = assert_same_decisions(decision, oracle, margin, final=final)
     assert_plan(batch, decision)
     return report, decision, oracle
+
+
+def decide(logits: list[list[float]] | Tensor, rule: ExitRule, impl: str, device: str, **kwargs) -> ExitDecision:
+    """exit_decide on a batch with one token a row."""
+    logits = torch.as_tensor(logits, device=device)
+    batch = RaggedBatch.from_seqlens(torch.ones(len(logits), dtype=torch.int32), device)
+    batch.state = kwargs.pop("state", {})
+    return exit_decide(batch, logits, rule, kwargs.pop("final", False), impl=impl, **kwargs)
+
+
+def state_of(counter: list[int], previous: list[float], device: str) -> dict[str, Tensor]:
+    return {
+        "counter": torch.tensor(counter, dtype=torch.int32, device=device),
+        "previous": torch.tensor(previous, dtype=torch.float32, device=device),
+    }
