@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,8 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
 
     The result refers to the parameters where it can. Raises ValueError naming what is not supported: another
     architecture, a decoder, relative positions, modules that ``weight_of`` refuses, LayerNorms that differ in their eps
-    or have no bias, an activation that is unknown or not the config's, forward hooks.
+    or have no bias, layers that differ in how many heads they have, an activation that is unknown or not the config's,
+    forward hooks.
     """
     config = check_backbone(backbone)
     for module in backbone.modules():
@@ -170,11 +171,26 @@ def _activation(name: str, functions: list[nn.Module]) -> str:
     return name
 
 
+def _heads(attentions: Sequence[nn.Module], name: str = "num_attention_heads") -> int:
+    """What its layers hold: the config may have changed since they were made."""
+    found = {getattr(attention, name) for attention in attentions}
+    if len(found) > 1:
+        raise ValueError(f"model: expected as many attention heads in all layers, got {sorted(found)}")
+    return found.pop()
+
+
+def _bias(linear: nn.Module) -> Tensor:
+    """Zeros where a linear has none."""
+    weight: Tensor = weight_of(linear)
+    bias: Any = linear.bias
+    return weight.new_zeros(len(weight)) if bias is None else bias
+
+
 def stack(*parts: nn.Module) -> Affine:
     """Several linears on one input as one: weights and biases concatenated."""
     return Affine(
         torch.cat([weight_of(part) for part in parts]),
-        torch.cat([part.bias for part in parts]),  # type: ignore[misc]
+        None if all(part.bias is None for part in parts) else torch.cat([_bias(part) for part in parts]),
     )
 
 
@@ -182,7 +198,7 @@ def _bert(backbone: Any, config: Any) -> dict[str, Any]:
     layers = _layers(backbone)
     return _embeddings(backbone.embeddings) | {
         "layers": [_bert_layer(layer) for layer in layers],
-        "num_heads": config.num_attention_heads,
+        "num_heads": _heads([layer.attention.self for layer in layers]),
         "activation": _activation(config.hidden_act, [layer.intermediate.intermediate_act_fn for layer in layers]),
     }
 
@@ -206,7 +222,7 @@ def _albert(backbone: Any, config: Any) -> dict[str, Any]:
     each = depth / config.num_hidden_groups  # layers a group; rounded as transformers does
     return _embeddings(backbone.embeddings) | {
         "layers": [layers[int(index / each)] for index in range(depth)],
-        "num_heads": config.num_attention_heads,
+        "num_heads": _heads([group.albert_layers[0].attention for group in groups]),
         "activation": _activation(config.hidden_act, [group.albert_layers[0].activation for group in groups]),
         "embedding_projection": Affine.of(encoder.embedding_hidden_mapping_in),
     }
@@ -216,7 +232,7 @@ def _distilbert(backbone: Any, config: Any) -> dict[str, Any]:
     layers = _layers(backbone)
     return _embeddings(backbone.embeddings) | {
         "layers": [_distilbert_layer(layer) for layer in layers],
-        "num_heads": config.n_heads,
+        "num_heads": _heads([layer.attention for layer in layers], "n_heads"),
         "activation": _activation(config.activation, [layer.ffn.activation for layer in layers]),
     }
 
@@ -229,7 +245,7 @@ def _uer(backbone: Any, config: Any) -> dict[str, Any]:
         "token_type_embeddings": weight_of(embedding.segment_embedding)[1:],  # row 0 is the padding's
         "embedding_norm": Affine.of(embedding.layer_norm),
         "layers": [_uer_layer(layer) for layer in _layers(backbone)],
-        "num_heads": config.num_attention_heads,
+        "num_heads": _heads([layer.self_attn for layer in _layers(backbone)], "num_heads"),
         "activation": "gelu",
         "norm_kind": "uer",
     }

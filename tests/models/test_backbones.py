@@ -38,7 +38,11 @@ def tiny(kind: str, **changes: object) -> nn.Module:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_equals_the_padded_model(kind: str, side: str, impl: str) -> None:
-    backbone = tiny(kind)
+    assert_every_layer_equal(tiny(kind), side, impl)
+
+
+def assert_every_layer_equal(backbone: nn.Module, side: str = "right", impl: str = "reference") -> None:
+    kind = backbone.config.model_type
     ids, mask = padded(random_rows(9), side=side, fill=1 if kind in ROBERTA_LIKE else 0)
     types = {} if kind in ("distilbert", *ROBERTA_LIKE) else {"token_type_ids": (ids % 2) * mask}
     with torch.no_grad():
@@ -49,6 +53,33 @@ def test_every_layer_equals_the_padded_model(kind: str, side: str, impl: str) ->
     for layer in range(encoder.num_layers):
         encoder.layer(layer, batch)
         torch.testing.assert_close(batch.hidden[: batch.tokens], hidden[layer + 1][mask == 1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_heads_are_those_that_the_layers_were_made_with(kind: str) -> None:
+    backbone = tiny(kind)
+    config: Any = backbone.config
+    made = config.num_attention_heads  # of DistilBERT another name of n_heads
+    config.num_attention_heads = made // 2
+    assert backbone_weights(backbone).num_heads == made > 1
+    assert_every_layer_equal(backbone)
+
+
+def test_layers_that_differ_in_their_heads_are_refused() -> None:
+    backbone: Any = tiny("bert")
+    backbone.encoder.layer[1].attention.self.num_attention_heads = 1
+    with pytest.raises(ValueError, match="model: expected as many attention heads in all layers, got"):
+        backbone_weights(backbone)
+
+
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("without", [("key",), ("query", "key", "value"), ("attention.output.dense", "output.dense")])
+def test_linears_without_a_bias(without: tuple[str, ...], impl: str) -> None:
+    backbone = tiny("bert")
+    for name, module in backbone.named_modules():
+        if name.endswith(without) and isinstance(module, nn.Linear):
+            module.bias = None
+    assert_every_layer_equal(backbone, impl=impl)
 
 
 @pytest.mark.parametrize("kind", KINDS)
