@@ -79,6 +79,19 @@ def test_far_from_zero(impl, device, kind):
     assert_error_budget(add_layer_norm(*arguments, impl=impl), plain(*arguments), oracle(*arguments), torch.float32)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [7, 384, 768])
+def test_a_row_of_one_value_is_the_bias(impl, device, width, kind):
+    """Its mean, rounded, is another value: nothing may be left of that difference, which eps 1e-12 would enlarge."""
+    if impl == "reference" and kind == "uer":
+        pytest.skip("the reference is UER's formula as published: the mean's rounding over a deviation of 0")
+    x = torch.tensor([0.1, -0.3, 1e-5, 12345.678, -3e6], device=device)[:, None].expand(-1, width)
+    weight, bias = torch.randn(2, width, generator=seeded(4)).to(device)
+    for residual in (None, -3 * x):
+        out = add_layer_norm(x, residual, weight, bias, 1e-12, kind, impl=impl)
+        torch.testing.assert_close(out, bias.expand_as(out), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.5])
 def test_where_eps_stands(impl, device, eps):
     """standard: inside the root of the biased variance; uer: beside the unbiased deviation."""

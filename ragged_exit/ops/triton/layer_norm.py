@@ -16,6 +16,8 @@ def normalise(x, weight_ptr, bias_ptr, cols, eps, UER: tl.constexpr, H: tl.const
     """LayerNorm of fp32 ``x`` ``[BLOCK_H]``, zero past H, in one of the two kinds."""
     inside = cols < H
     centred = tl.where(inside, x - tl.sum(x, 0) / H, 0.0)
+    # the mean's rounding is all that a row of one value has: eps 1e-12 would make tenths of it
+    centred = tl.where(inside, centred - tl.sum(centred, 0) / H, 0.0)
     squares = tl.sum(centred * centred, 0)
     # FastBERT's UER: unbiased, and eps outside the root; one column gives 0 / 0 = NaN, as in torch
     deviation = tl.sqrt(squares / (H - 1.0)) + eps if UER else tl.sqrt(squares / H + eps)
