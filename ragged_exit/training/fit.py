@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.claims import read_claim, write_claim
@@ -61,7 +72,7 @@ def fit(
         folder = Path(scratch if work_dir is None else work_dir)
         settings = [freeze_backbone, epochs, learning_rate, batch_size, seed, bf16]
         rows = (_plain(train), _plain(valid), None if hard is None else hard.tolist())
-        _claim(folder, model, repr((model.section(), _digest(model.backbone), settings, rows)))
+        _claim(folder, model, repr((model.section(), _config(model), _digest(model.backbone), settings, rows)))
         for number, phase in enumerate(phases_of(model)):
             parts = [part for part in phase.parts(model) if not (freeze_backbone and part is model.backbone)]
             if not any(True for part in parts for _ in part.parameters()):
@@ -171,52 +182,84 @@ def _train(
     bf16: bool,
     show_progress: bool,
 ) -> None:
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is not None and schedule.early_stop is not None:
+        best, misses = _best_checkpoint(checkpoint)
+        if misses >= schedule.early_stop:  # it had stopped, which a Trainer that resumes does not know
+            training.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
+            return
     model = training.whole[0]
     stops = schedule.early_stop is not None
     callbacks: list[Any] = [_CountSteps(), PhaseBar(f"{model.system}: {training.phase.name}", show_progress)]
     if stops:
         callbacks.append(EarlyStoppingCallback(schedule.early_stop))
+    args = TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        num_train_epochs=schedule.epochs,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=max(64, schedule.batch_size),
+        learning_rate=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        lr_scheduler_type="linear",
+        warmup_steps=schedule.warmup,
+        bf16=bf16 and not training.on_features,
+        train_sampling_strategy="random" if training.on_features else "group_by_length",
+        remove_unused_columns=False,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=stops,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,  # ours is one line a phase
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    args._n_gpu = 1  # no replicas: each would count steps and move prototypes of its own
     trainer = Trainer(
         model=training,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            seed=seed,
-            num_train_epochs=schedule.epochs,
-            per_device_train_batch_size=schedule.batch_size,
-            per_device_eval_batch_size=max(64, schedule.batch_size),
-            learning_rate=schedule.learning_rate,
-            weight_decay=schedule.weight_decay,
-            lr_scheduler_type="linear",
-            warmup_steps=schedule.warmup,
-            bf16=bf16 and not training.on_features,
-            train_sampling_strategy="random" if training.on_features else "group_by_length",
-            remove_unused_columns=False,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
-            load_best_model_at_end=stops,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-            restore_callback_states_from_checkpoint=True,
-            report_to=[],
-            logging_strategy="no",
-            disable_tqdm=True,  # ours is one line a phase
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=False,
-        ),
+        args=args,
         train_dataset=sets[0],
         eval_dataset=sets[1],
         data_collator=collate,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(folder: Path) -> Path | None:
     """The latest that is whole: a run that was killed while it saved leaves one without what Trainer writes last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if _is_json(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2])) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def _best_checkpoint(last: Path) -> tuple[Path, int]:
+    """Where the weights with the lowest validation loss lie, and how many epochs since then were no better.
+
+    Trainer's state has the path that they were written to: it is brought up to date, for a folder that was moved or is
+    called by another name now.
+    """
+    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    best = last.with_name(f"checkpoint-{state.best_global_step}")
+    state.best_model_checkpoint = str(best)
+    scratch = last / f".{TRAINER_STATE_NAME}"
+    state.save_to_json(str(scratch))
+    scratch.replace(last / TRAINER_STATE_NAME)
+    attributes = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
+    return best, attributes["early_stopping_patience_counter"]
 
 
 def _start_at(mean: float, model: LayeredModel) -> None:
@@ -241,6 +284,12 @@ def _plain(examples: Examples) -> list[Any]:
     """All of it as lists, whose repr leaves nothing out; that of a long array does."""
     rows = [examples.sequences, examples.token_type_ids or []]
     return [None if examples.labels is None else list(examples.labels), [[list(row) for row in each] for each in rows]]
+
+
+def _config(model: LayeredModel) -> list[tuple[str, Any]]:
+    """What may change how it trains (dropout, say), and not where it came from."""
+    origin = ("_name_or_path", "transformers_version")
+    return sorted((name, value) for name, value in model.config.to_dict().items() if name not in origin)
 
 
 def _digest(backbone: nn.Module) -> str:

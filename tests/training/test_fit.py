@@ -151,6 +151,12 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
         fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=2, work_dir=tmp_path, **FAST)
 
 
+def test_a_run_with_another_dropout_is_refused(tmp_path):
+    fit(tiny("pabee", dropout=0.1), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
+    with pytest.raises(ValueError, match="work_dir"):
+        fit(tiny("pabee", dropout=0.5), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
+
+
 def test_another_encoders_run_is_refused(tmp_path):
     """One of the same shape: nothing but its weights tells it from the run's own."""
     fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
