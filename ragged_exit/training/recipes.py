@@ -96,6 +96,8 @@ def gradient_equilibrium(model: Any) -> list[RemovableHandle]:
     layer i + 1 (Liu et al., NAACL 2022, after Li et al., ICCV 2019). The factors telescope: at layer i every later
     exit's gradient weighs 1/(n - i), and that is what scaling the parameters' gradients does.
     """
+    if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        return []  # frozen
     layers = _layers(model.backbone)
     if len(layers) != model.config.num_hidden_layers:
         raise ValueError("model: gradient equilibrium needs layers with weights of their own")

@@ -1,6 +1,7 @@
 """Every recipe's loss against the formula written out by hand, in float64, from the exits' logits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,20 @@ def test_margin_between_easy_rows_and_a_hard_one():
     assert loss_of(model, 0, points, labels, step=0, hard=hard & False) == pytest.approx(plain, rel=1e-5)
     assert loss_of(model, 0, points, labels, step=0) == pytest.approx(plain, rel=1e-5)
     assert loss_of(model, 0, points, labels, hard=hard) == pytest.approx(plain, rel=1e-5)  # evaluation
+
+
+def test_the_hard_row_of_a_margin_is_drawn():
+    """Of two, either, and not their mean."""
+    model, points, labels = setup("full_depth")
+    last = points[-1]
+    logits, labels = last.output.logits[3:6], labels[3:6]
+    points = [replace(last, output=last.output._replace(logits=logits))]
+    own, *difficult = logits.double().softmax(1).amax(1).tolist()
+    gaps = sorted(max(0.0, each - own + MARGIN) for each in difficult)
+    assert gaps[1] - gaps[0] > 1e-3
+    plain, hard = cross_entropy(logits, labels), torch.tensor([False, True, True])
+    found = {round(loss_of(model, 0, points, labels, step=0, hard=hard) - plain, 5) for _ in range(40)}
+    assert sorted(found) == pytest.approx([MARGIN_WEIGHT * gap for gap in gaps], abs=2e-5)
 
 
 class _Scale(torch.autograd.Function):
