@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import save_reviews
+from cli_cases import save_encoder, save_reviews
 from score_cases import save_checkpoint, texts
-from tiny import one_thread  # noqa: F401  (autouse)
+from tiny import one_thread, randomise  # noqa: F401  (autouse)
 from typer.testing import CliRunner
 
 import ragged_exit as rx
@@ -51,6 +51,18 @@ def test_calibrate_for_a_speedup(checkpoint, data):
     assert code == 0, output
     layers = float(output.split(" of 3 layers run")[0].split()[-1])
     assert 1.7 <= layers <= 2.0
+
+
+def test_a_cascades_speedup_is_against_its_last_member_alone(checkpoint, data, tmp_path):
+    encoders = [save_encoder(tmp_path / f"{layers}-layers", layers) for layers in (2, 4)]
+    members = [
+        randomise(rx.FullDepth.from_backbone(encoder, num_labels=2), seed) for seed, encoder in enumerate(encoders)
+    ]
+    rx.CascadeBert.from_members(members).save_pretrained(checkpoint)  # beside its tokenizer
+    code, output = run("calibrate", checkpoint, data, "--speedup", 1.5)
+    assert code == 0, output
+    layers = float(output.split(" of 4 layers run")[0].split()[-1])
+    assert 2.3 <= layers <= 4 / 1.5
 
 
 def test_what_cannot_be_promised_changes_nothing(checkpoint, data):

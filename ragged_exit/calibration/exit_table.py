@@ -89,19 +89,25 @@ class ExitTable:
         )
 
     def candidates(self, points: int = 64) -> list[float]:
-        """Thresholds from never leaving early to (nearly) always: ``points`` quantiles of the scores, or patiences."""
+        """Thresholds from never leaving early to all at the first exit, or patiences.
+
+        They are ``points`` quantiles of the scores, and the next float past all scores: where the comparison is strict,
+        a row stays at a threshold that is its own score.
+        """
         early = self.scores[[row for row, exit in enumerate(self.exits[:-1]) if exit.own]].flatten()
         early = early[early.isfinite()]
         if self.rule.spec.counts:
             most = int(early.max()) if len(early) else 0
             return [float(patience) for patience in range(most + 1, 0, -1)]
         smaller_leaves = self.rule.compare.startswith("<")
-        never = -1.0 if smaller_leaves else 2.0
+        never, always = (-1.0, math.inf) if smaller_leaves else (2.0, -math.inf)
         if not len(early):
             return [never]
         sample = early[:: max(1, len(early) // 100_000)].double()
         quantiles = torch.quantile(sample, torch.linspace(0, 1, points).double())
-        return [never, *(quantiles if smaller_leaves else quantiles.flip(0)).unique_consecutive().tolist()]
+        loosest = early.max() if smaller_leaves else early.min()
+        past = float(torch.nextafter(loosest.float(), torch.tensor(always)))
+        return [never, *(quantiles if smaller_leaves else quantiles.flip(0)).unique_consecutive().tolist(), past]
 
 
 @torch.inference_mode()

@@ -29,9 +29,10 @@ def run_calibrate(
     """Choose the threshold (or patience) of a checkpoint's rule on the texts of ``data``, and save it in config.json.
 
     By default the loosest with a guarantee (``guaranteed_threshold``); with ``speedup`` the one that runs 1 / speedup
-    of the layers. Labels are used where the file has them. Raises ValueError where no threshold will do, for a
-    guarantee on a regression, for string labels that are not among the names of the checkpoint's classes, and for a
-    published checkpoint, whose config.json has no section of ours to hold a rule.
+    of the layers: of a cascade's, those of its last member, which alone is its full depth. Labels are used where the
+    file has them. Raises ValueError where no threshold will do, for a guarantee on a regression, for string labels
+    that are not among the names of the checkpoint's classes, and for a published checkpoint, whose config.json has no
+    section of ours to hold a rule.
     """
     if read_config(directory).get("early_exit") is None:
         raise ValueError(f"model: {directory} is a published checkpoint; load and save_pretrained it first")
@@ -44,7 +45,7 @@ def run_calibrate(
     fast, tokenizer = accelerate(model), read_tokenizer(directory)
     examples = tokenise(tokenizer, text, max_length=token_limit(tokenizer, max_length, fast.encoders))
     table = exit_table(fast, examples.sequences, examples.token_type_ids)
-    layers = table.exits[-1].executed_layers
+    layers = table.exits[-1].exit_layer
     if speedup is not None:
         threshold = threshold_for_layers(table, layers / speedup)
         if threshold is None:

@@ -28,7 +28,7 @@ def point_at(table: ExitTable, labels: Tensor, threshold: float, quality: Qualit
 
 
 def quality_curve(table: ExitTable, labels: Tensor, *, quality: Quality = accuracy, points: int = 64) -> list[Point]:
-    """Quality and mean executed layers from never leaving early to (nearly) always; see ``ExitTable.candidates``."""
+    """Quality and mean executed layers at each of ``ExitTable.candidates``: from nobody to all at the first exit."""
     return [point_at(table, labels, threshold, quality) for threshold in table.candidates(points)]
 
 
@@ -49,7 +49,7 @@ def choose_threshold(
 def threshold_for_layers(table: ExitTable, mean_layers: float, *, points: int = 512) -> float | None:
     """The threshold (or patience) that runs the most layers on average, but not more than ``mean_layers``.
 
-    None where even the loosest candidate runs more.
+    None where even leaving at the first exit runs more.
     """
     depths = {
         threshold: float(table.at(threshold).executed_layers.double().mean()) for threshold in table.candidates(points)

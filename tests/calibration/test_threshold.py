@@ -89,10 +89,18 @@ def test_chooses_the_shallowest_point_that_keeps_accuracy():
 
 
 def test_the_deepest_threshold_within_a_mean_depth():
-    for layers, executed in ((12.0, 12.0), (7.9, 7.0), (5.0, 5.0)):
+    for layers, executed in ((12.0, 12.0), (7.9, 7.0), (5.0, 5.0), (4.9, 4.0)):
         threshold = threshold_for_layers(table(), layers)
         assert threshold is not None and table().at(threshold).executed_layers.double().mean() == executed
-    assert threshold_for_layers(table(), 4.9) is None
+    assert threshold_for_layers(table(), 3.9) is None
+
+
+@pytest.mark.parametrize("rule", [rx.Entropy(0.0), rx.Entropy(0.0, compare="<="), rx.MaxProb(1.0)])
+def test_the_loosest_candidate_lets_all_leave_at_the_first_exit(rule):
+    """The row with the extreme score, too, which a strict comparison keeps; also where all scores are equal."""
+    for scores in (SCORES, torch.full_like(SCORES, 1e-7)):
+        found = table(rule, scores)
+        assert found.at(found.candidates()[-1]).exit_layer.tolist() == [4] * 4
 
 
 def test_never_leaves_early_when_every_early_answer_costs_accuracy():
