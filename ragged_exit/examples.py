@@ -48,11 +48,18 @@ class Examples:
         return Examples([self.sequences[row] for row in rows], labels, types)
 
     def label_tensor(self, num_labels: int) -> Tensor:
-        """``[N]``: f32 targets for one output, else int64 classes. ValueError without labels, or for other classes."""
+        """``[N]``: f32 targets for one output, else int64 classes.
+
+        Raises ValueError without labels, for targets that are not finite, and for other classes.
+        """
         if self.labels is None:
             raise ValueError("labels: expected one a row, got none")
         if num_labels == 1:
-            return torch.tensor(self.labels, dtype=torch.float32)
+            targets = torch.tensor(self.labels, dtype=torch.float32)
+            if not targets.isfinite().all():
+                row = int(targets.isfinite().logical_not().nonzero()[0])
+                raise ValueError(f"labels: expected finite numbers, got {self.labels[row]} in row {row}")
+            return targets
         labels = torch.tensor(self.labels)
         if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
             raise ValueError(f"labels: expected classes 0 to {num_labels - 1}, got {labels.min()} to {labels.max()}")

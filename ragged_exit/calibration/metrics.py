@@ -20,16 +20,20 @@ def f1(logits: Tensor, labels: Tensor) -> float:
 
 
 def pearson(values: Tensor, targets: Tensor) -> float:
-    """Pearson's correlation of ``[N]`` and ``[N]``; NaN where one of them is constant."""
+    """Pearson's correlation of ``[N]`` and ``[N]``; NaN where one of them is constant, as a single row is."""
     from scipy import stats  # here: only regressions need it
 
+    if len(values) < 2:
+        return float("nan")
     return float(stats.pearsonr(values.double().numpy(), targets.double().numpy()).statistic)
 
 
 def spearman(values: Tensor, targets: Tensor) -> float:
-    """Spearman's rank correlation of ``[N]`` and ``[N]``; NaN where one of them is constant."""
+    """Spearman's rank correlation of ``[N]`` and ``[N]``; NaN where one of them is constant, as a single row is."""
     from scipy import stats  # here, as above
 
+    if len(values) < 2:
+        return float("nan")
     return float(stats.spearmanr(values.double().numpy(), targets.double().numpy()).statistic)
 
 

@@ -30,7 +30,8 @@ def fit_cascade(
 
     The members share no weights, so the sum of their losses (Li et al., Findings of EMNLP 2021) is trained one member
     at a time. A first member that is a plain model learns difficulty from ``difficult_rows`` over ``folds`` (the
-    paper: 8 folds, votes of 5 seeds; here one); 0 folds leave the margin out.
+    paper: 8 folds, votes of 5 seeds; here one); 0 folds leave the margin out. To go on from ``work_dir``, call with
+    members of the same weights, fresh heads included: those that had not begun have left no start there.
     """
     for number, member in enumerate(model.members):
         folder = None if work_dir is None else Path(work_dir) / f"member-{number + 1}"

@@ -63,8 +63,11 @@ def fit(
 
     Where the backbone is frozen and the exits are pooled MLPs, they train on features computed once, until the
     validation loss stops falling. A regression's fresh heads start at the mean of the training labels. Raises
-    ValueError when ``work_dir`` holds another run's work or files of somebody else, or labels do not fit.
+    ValueError when ``work_dir`` holds another run's work or files of somebody else, or labels do not fit, and for a
+    model that is not in float32, whose weights would swallow the steps.
     """
+    if model.dtype != torch.float32:
+        raise ValueError(f"model: expected float32 weights, got {model.dtype}; bf16=True autocasts")
     labels = [part.label_tensor(model.config.num_labels) for part in (train, valid)]
     if model.config.num_labels == 1:
         _start_at(float(labels[0].mean()), model)

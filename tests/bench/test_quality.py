@@ -1,6 +1,8 @@
 """The quality study on models of a few weights: tasks are read, thresholds come from validation, figures follow."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ragged_exit.bench.quality.points import TARGETS, Point, measure
 from ragged_exit.bench.quality.published import FULL, QUALITY, retention
 from ragged_exit.bench.quality.report import TaskReport, draw, write_json
 from ragged_exit.bench.quality.tasks import TASKS, load_task
+from ragged_exit.calibration.exit_table import Exit, ExitTable
 from ragged_exit.examples import Examples
 from ragged_exit.training.fit import fit
 
@@ -108,6 +111,24 @@ def points() -> list[Point]:
         point("berxit", 4.0, 0.7, [0.5, 0.5, 0.5]),
         point("pabee", 2.0, 0.9, [1.0, 1.0, 1.0], matches=False),
     ]
+
+
+def test_patience_is_close_in_what_it_counts():
+    """The two largest logits, or a regression's change against its tolerance; the counter itself is never close."""
+    rows = {"clear": [[2.0, 0.0], [0.0, 2.0]], "tied at one exit": [[2.0, 0.0], [1.0, 1.0 + 1e-6]]}
+    logits = torch.tensor(list(rows.values())).transpose(0, 1)  # [exits, N, C]
+    rule = rx.Patience(1)
+    table = ExitTable(torch.zeros(2, 2), logits, [Exit(rule, index, index + 1, index + 1) for index in range(2)])
+    assert points_module._close_calls(table, rule).tolist() == [False, True]
+    values = torch.tensor([[1.0, 1.0], [1.3, 1.1 + 1e-6]])[..., None]
+    found = points_module._close_calls(replace(table, logits=values), rx.Patience(1, 0.1))
+    assert found.tolist() == [False, True]
+
+
+def test_answers_that_are_all_the_same_are_the_worst():
+    constant, good = rx.Patience(1, 0.4), rx.Patience(1, 0.1)
+    for options in ([(math.nan, constant), (-0.2, good)], [(-0.2, good), (math.nan, constant)]):
+        assert points_module._best(options) is good
 
 
 def test_report_derives_ratios_and_interpolates():

@@ -33,6 +33,11 @@ def test_accuracy_and_f1():
     assert f1(logits_of(0.1, 0.2), torch.tensor([0, 0])) == 0.0
 
 
+def test_one_row_has_no_correlation():
+    one = torch.tensor([0.5])
+    assert math.isnan(pearson(one, one)) and math.isnan(spearman(one, one))
+
+
 def test_correlations():
     values, targets = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
     assert spearman(values, targets) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)

@@ -151,6 +151,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
         fit(tiny("pabee"), task(32, 1), task(32, 2), epochs=2, work_dir=tmp_path, **FAST)
 
 
+def test_a_model_in_bf16_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected float32 weights, got torch.bfloat16; bf16=True autocasts"):
+        fit(tiny("pabee").bfloat16(), task(32, 1), task(32, 2), freeze_backbone=True, epochs=1, **FAST)
+
+
 def test_a_run_with_another_dropout_is_refused(tmp_path):
     fit(tiny("pabee", dropout=0.1), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
     with pytest.raises(ValueError, match="work_dir"):
@@ -254,7 +259,10 @@ def test_a_regressions_fresh_heads_start_at_the_labels_mean(system):
     assert [bias.item() for bias in heads] == pytest.approx([7.0, *[mean] * (len(heads) - 1)])
 
 
-@pytest.mark.parametrize(("labels", "num_labels"), [([0, 2], 2), ([0.5, 1.5], 2), ([-1, 0], 2)])
+@pytest.mark.parametrize(
+    ("labels", "num_labels"),
+    [([0, 2], 2), ([0.5, 1.5], 2), ([-1, 0], 2), ([0.5, float("nan")], 1), ([0, float("inf")], 1)],
+)
 def test_labels_that_do_not_fit_are_refused(labels, num_labels):
     with pytest.raises(ValueError, match="labels"):
         Examples([[1], [2]], labels).label_tensor(num_labels)

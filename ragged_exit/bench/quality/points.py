@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -127,8 +128,13 @@ def _rules(study: Study, model: EarlyExitModel) -> list[tuple[float, ExitRule]]:
             rule = table.rule.with_threshold(threshold)
             options.append((quality(table.under(rule).logits, labels), rule))
         if options:
-            found.append((target, max(options, key=lambda option: option[0])[1]))
+            found.append((target, _best(options)))
     return found
+
+
+def _best(options: list[tuple[float, ExitRule]]) -> ExitRule:
+    """The rule of the highest quality; NaN, a correlation of answers that are all the same, is the worst."""
+    return max(options, key=lambda option: -math.inf if math.isnan(option[0]) else option[0])[1]
 
 
 def _variants(study: Study, model: EarlyExitModel) -> list[ExitRule]:
@@ -188,11 +194,16 @@ def _matches(item: _Ready, dev: Examples) -> bool:
 
 
 def _close_calls(table: ExitTable, rule: ExitRule) -> Tensor:
-    """bool ``[N]``: rows with some exit's score within the margin of its threshold. Counters are never close."""
-    thresholds = torch.tensor([rule.threshold_at(exit_.exit_index) for exit_ in table.exits])
+    """bool ``[N]``: rows with some exit's score within the margin of its threshold; for patience, what it counts."""
     if isinstance(rule, Patience):
-        return torch.zeros(table.scores.shape[1], dtype=torch.bool)
-    return ((table.scores - thresholds[:, None]).abs() <= MARGIN).any(0)
+        if table.logits.shape[2] == 1:
+            gaps = table.logits[..., 0].diff(dim=0).abs() - rule.tolerance
+        else:
+            gaps = table.logits.topk(2).values.diff()[..., 0]
+    else:
+        thresholds = torch.tensor([rule.threshold_at(exit_.exit_index) for exit_ in table.exits])
+        gaps = table.scores - thresholds[:, None]
+    return (gaps.abs() <= MARGIN).any(0)
 
 
 def _sample(examples: Examples, repeat: int) -> Examples:
