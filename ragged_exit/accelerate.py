@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import TOKEN_BUDGET
 from ragged_exit.stream import RowResult, StreamRow, answer_in_order
+
+_NOT_TAKEN = ("position_ids", "inputs_embeds")  # what a tokenizer gives besides is ignored, but these change answers
 
 
 def accelerate(
@@ -169,10 +171,16 @@ class AcceleratedModel(nn.Module):
         """Answer any number of sequences in order, in bounded memory.
 
         A sequence is a list of token ids, or a mapping with ``input_ids`` and perhaps ``token_type_ids`` (lists, as a
-        tokenizer returns them without padding; whatever the model itself takes there). A window of a few token budgets
-        is read ahead and sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all
-        the same. Where ``sequences`` itself raises, what it gave before is answered first, then its error is raised.
+        tokenizer returns them without padding; whatever the model itself takes there); other keys are ignored, but
+        ``position_ids`` and ``inputs_embeds`` make it a bad one. A window of a few token budgets is read ahead and
+        sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all the same. Where
+        ``sequences`` itself raises, what it gave before is answered first, then its error is raised.
+
+        Raises, with the first answer, TypeError when ``sequences`` is one mapping or text, or ``token_budget`` no
+        integer; ValueError for a budget below 1 or too large.
         """
+        if isinstance(sequences, Mapping | str | bytes | bytearray):  # iterated, its keys or characters would be rows
+            raise TypeError(f"sequences: expected an iterable of sequences, got one {type(sequences).__name__}")
         pools, encoders = SurvivorPools(self.executor, token_budget), self.encoders  # refresh() is for the next stream
         yield from answer_in_order(
             (StreamRow(index, *self._read(item, encoders)) for index, item in enumerate(sequences)),
@@ -185,12 +193,16 @@ class AcceleratedModel(nn.Module):
     ) -> tuple[Sequence[int], Sequence[int] | None, str | None]:
         """(input_ids, token_type_ids, what is wrong with them)."""
         try:
-            ids = _kept(item["input_ids"] if isinstance(item, Mapping) else item)
-            types = _kept(item.get("token_type_ids")) if isinstance(item, Mapping) else None
+            given = item if isinstance(item, Mapping) else {"input_ids": item}
+            for name in _NOT_TAKEN:
+                if (value := given.get(name)) is not None:
+                    raise ValueError(f"{name}: expected None, for the model has its own, got {type(value).__name__}")
+            ids = _kept("input_ids", given["input_ids"])
+            types = _kept("token_type_ids", given.get("token_type_ids"))
             prepared = None if types is None else self._source[0].prepare_types(types)
             for encoder in encoders:
                 encoder.check_sequence(ids, prepared)
-            mask = _kept(item.get("attention_mask")) if isinstance(item, Mapping) else None
+            mask = _kept("attention_mask", given.get("attention_mask"))
             if mask is not None and (len(mask) != len(ids) or any(kept != 1 for kept in mask)):
                 raise ValueError(
                     f"attention_mask: expected {len(ids)} times 1, got other values; give sequences without padding"
@@ -222,8 +234,10 @@ class AcceleratedModel(nn.Module):
         return encoders[0].pack_sequences(sequences, token_type_ids, also=encoders[1:])
 
 
-def _kept(values: Any) -> Any:
+def _kept(name: str, values: Any) -> Any:
     """A list of its own: rows wait, and the caller may use the memory of his again."""
-    if values is None or isinstance(values, str):
-        return values
+    if isinstance(values, str | bytes | bytearray | Set | Mapping):  # lists of other things than ids in their order
+        raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
+    if values is None:
+        return None
     return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -30,6 +30,7 @@ from tiny import (
     roberta_config,
     tiny_deebert,
 )
+from transformers import BatchEncoding
 
 import ragged_exit as rx
 from ragged_exit.pools import MAX_WAIT, SurvivorPools
@@ -177,7 +178,17 @@ BAD = {
     "floats": ([5.0, 6.0], "TypeError: input_ids: expected integers, got float"),
     "nan": ([float("nan")], "TypeError: input_ids: expected integers"),
     "strings": (["good", "film"], "TypeError: input_ids: expected integers, got str"),
-    "text": ("good film", "TypeError: input_ids"),
+    "text": ("good film", "TypeError: input_ids: expected a sequence of integers, got str"),
+    "bytes": (b"\5\6", "TypeError: input_ids: expected a sequence of integers, got bytes"),
+    "bytearray": ({"input_ids": bytearray(b"\5\6")}, "TypeError: input_ids: expected a sequence of integers"),
+    "set": ({5, 6}, "TypeError: input_ids: expected a sequence of integers, got set"),
+    "frozenset": (frozenset({5, 6}), "TypeError: input_ids: expected a sequence of integers, got frozenset"),
+    "type bytes": (
+        {"input_ids": [5], "token_type_ids": b"\1"},
+        "TypeError: token_type_ids: expected a sequence of integers, got bytes",
+    ),
+    "positions": ({"input_ids": [5, 6], "position_ids": [1, 0]}, "ValueError: position_ids: expected None"),
+    "embeddings": ({"input_ids": [5], "inputs_embeds": torch.ones(1, 32)}, "ValueError: inputs_embeds: expected None"),
     "none": (None, "TypeError"),
     "number": (5, "TypeError"),
     "nested": ([[5, 6]], "TypeError: input_ids: expected integers, got list"),
@@ -259,6 +270,23 @@ def test_all_rows_bad_and_no_rows() -> None:
     results = list(fast.stream([[], "", None]))
     assert [result.index for result in results] == [0, 1, 2] and all(result.error for result in results)
     assert list(fast.stream([])) == []
+
+
+def test_what_a_tokenizer_gives_besides_is_ignored() -> None:
+    fast = fast_model()
+    beside = {"labels": 1, "special_tokens_mask": [1, 0], "position_ids": None, "inputs_embeds": None}
+    one, other = fast.stream([{"input_ids": [5, 6], **beside}, [5, 6]])
+    assert one.error is None and torch.equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [{"input_ids": [[5, 6], [7]]}, BatchEncoding({"input_ids": [[5, 6]]}), "good film", b"good film"],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_whole_batch_or_text_in_place_of_rows(sequences: Any) -> None:
+    with pytest.raises(TypeError, match=f"sequences: expected an iterable .* got one {type(sequences).__name__}"):
+        next(fast_model().stream(sequences))
 
 
 def test_a_bad_budget_is_an_error() -> None:
