@@ -58,8 +58,6 @@ def accelerate(
     }
     if rule is not None and changes:
         raise ValueError(f"rule: give either a rule or {sorted(changes)}, not both")
-    if rule is not None and not isinstance(rule, ExitRule):
-        raise TypeError(f"rule: expected an ExitRule, got {type(rule).__name__}")
     device = model.device if device is None else torch.device(device)
     if device.type == "cuda" and device.index is None:  # which one is told once: later another may be the current one
         device = torch.device("cuda", torch.cuda.current_device())
@@ -127,8 +125,11 @@ class AcceleratedModel(nn.Module):
         """
         source = self._source[0]
         own_rule = source.rule
-        chosen = with_fields(own_rule, self._changes) if self._given_rule is None else self._given_rule
+        chosen = own_rule if self._given_rule is None else self._given_rule
         source.check_rule(chosen)
+        if self._changes:
+            chosen = with_fields(chosen, self._changes)
+            source.check_rule(chosen)
         for name, value in (*source.named_parameters(), *source.named_buffers()):
             if is_traceable_wrapper_subclass(value):  # the kernels read memory, and it has none of its own
                 raise ValueError(f"model: expected plain tensors, and {name} is a {type(value).__name__}")

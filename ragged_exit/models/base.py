@@ -100,7 +100,12 @@ class EarlyExitModel(nn.Module):
 
     # what they share ----------------------------------------------------------------------------------------------
     def check_rule(self, rule: ExitRule) -> None:
-        """Raise ValueError when ``rule`` cannot work here: thresholds, classes, or what it needs of the heads."""
+        """Raise ValueError when ``rule`` cannot work here: thresholds, classes, or what it needs of the heads.
+
+        Raises TypeError for what is no rule.
+        """
+        if not isinstance(rule, ExitRule):
+            raise TypeError(f"rule: expected an ExitRule, got {type(rule).__name__}")
         rule.check(self.num_exits)
         rule.check_labels(self.config.num_labels)
         if rule.needs and rule.needs not in self.offers:
@@ -127,7 +132,11 @@ class EarlyExitModel(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> ExitOutput:
-        """Padded ``[B, S]`` in. Training mode runs every exit; eval mode answers each row at its own exit."""
+        """Padded ``[B, S]`` in. Training mode runs every exit; eval mode answers each row at its own exit.
+
+        Raises TypeError or ValueError naming ``labels``, and ``rule`` where one was set that ``check_rule`` refuses.
+        """
+        self.check_rule(self.rule)  # whoever set it was not asked
         input_ids, attention_mask, token_type_ids = self.prepare(input_ids, attention_mask, token_type_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         points = self.exit_points(input_ids, attention_mask, token_type_ids)
@@ -161,17 +170,21 @@ class EarlyExitModel(nn.Module):
         return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` (with the ``early_exit`` section) and ``model.safetensors``."""
+        """Write ``config.json`` (with the ``early_exit`` section) and ``model.safetensors``.
+
+        Raises, before anything is written, TypeError or ValueError for a rule that ``check_rule`` refuses.
+        """
+        config = self.config.to_dict() | {"early_exit": self.section(), "architectures": [type(self).__name__]}
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        config = self.config.to_dict() | {"early_exit": self.section(), "architectures": [type(self).__name__]}
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # a shared tensor is stored once per name: safetensors refuses aliases
         save_file({name: value.detach().clone().contiguous() for name, value in self.state_dict().items()},
                   path / WEIGHTS_FILE, metadata={"format": "pt"})  # fmt: skip
 
     def section(self) -> dict[str, Any]:
-        """The ``early_exit`` section of config.json, which ``build`` reads."""
+        """The ``early_exit`` section of config.json, which ``build`` reads. Raises what ``check_rule`` does."""
+        self.check_rule(self.rule)
         return {"system": self.system, "rule": self.rule.to_dict(), **self.options()}
 
     @classmethod

@@ -58,7 +58,10 @@ class CascadeBert(EarlyExitModel):
         return len(self.members)
 
     def check_rule(self, rule: ExitRule) -> None:
+        """As of any system; and the members' own rules, by which rows leave on the way."""
         super().check_rule(rule)
+        for member in self._members():
+            member.check_rule(member.rule)
         if rule.learns or rule.initial_state(1, torch.device("cpu")):
             raise ValueError(f"rule: a cascade restarts its rows, so {type(rule).__name__} has nothing to build on")
 
