@@ -150,6 +150,7 @@ class AcceleratedModel(nn.Module):
     def _snapshot_head(self, head: MlpHead | TokenHead) -> MlpHead | TokenHead:
         return packed_for(self.impl, head.to(self.dtype, self.device)) if isinstance(head, MlpHead) else head
 
+    @torch.compiler.disable  # the rows decide what runs next, and inductor fails at oneDNN's packed linears
     def forward(
         self,
         input_ids: Tensor,

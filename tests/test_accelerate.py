@@ -33,6 +33,7 @@ from tiny import (
     tiny_deebert,
 )
 from torch import nn
+from torch._dynamo.utils import counters
 
 import ragged_exit as rx
 from ragged_exit.ops import dispatch
@@ -164,6 +165,15 @@ def test_one_row_and_one_token() -> None:
     model = exiting(tiny_deebert())
     ids = torch.tensor([[7]])
     assert_same_answers(rx.accelerate(model, impl="reference")(ids), reference(model, input_ids=ids))
+
+
+def test_torch_compile_leaves_it_as_it_is() -> None:
+    fast = rx.accelerate(exiting(tiny_deebert()))
+    counters.clear()
+    torch.compiler.reset()
+    compiled = torch.compile(fast)  # inductor, the default
+    assert torch.equal(compiled(**inputs()).logits, fast(**inputs()).logits)
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 # settings -----------------------------------------------------------------------------------------------------------
