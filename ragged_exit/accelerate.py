@@ -44,10 +44,10 @@ def accelerate(
     replaces it. impl: "auto", "reference", "native" or "triton". dtype and device default to the model's. The result
     holds a snapshot of the weights and the rule; ``refresh()`` reads them again. Nothing is patched.
 
-    Raises TypeError when ``model`` is no early-exit model or ``rule`` no rule; ValueError for a field that the rule
-    does not have, thresholds of another number than exits, a dtype that the device cannot run, a weight that is sharded
-    or quantised, or a module in place of a linear, an embedding or a LayerNorm that does more with its weight, as an
-    adapter's; and for what ``backbone_weights`` refuses.
+    Raises TypeError when ``model`` is no early-exit model, ``rule`` no rule or ``dtype`` no torch.dtype; ValueError for
+    a field that the rule does not have, thresholds of another number than exits, a dtype that the device cannot run, a
+    weight that is sharded or quantised, or a module in place of a linear, an embedding or a LayerNorm that does more
+    with its weight, as an adapter's; and for what ``backbone_weights`` refuses.
     """
     if not isinstance(model, EarlyExitModel):
         raise TypeError(f"model: expected an early-exit model of ragged_exit, got {type(model).__name__}")
@@ -62,6 +62,8 @@ def accelerate(
     if device.type == "cuda" and device.index is None:  # which one is told once: later another may be the current one
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = model.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     if dtype not in (torch.float32, torch.bfloat16) and (device.type == "cpu" or dtype != torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or, on a GPU, float16, got {dtype}")
     return AcceleratedModel(model, rule, changes, resolve_impl(impl, device), dtype, device)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ragged_exit.arguments import check_number
 from ragged_exit.rules import RULES, ExitRule, MaxProb, ScoreSpec
 
 
@@ -40,8 +41,13 @@ class UcbMaxProb(ExitRule):
     learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.arms, list | tuple):
+            raise TypeError(f"arms: expected a list or tuple of thresholds, got {self.arms!r}")
+        for arm in self.arms:
+            check_number("arms", arm)
         if not self.arms or any(math.isnan(arm) for arm in self.arms):
             raise ValueError(f"arms: expected at least one threshold, none NaN, got {self.arms!r}")
+        check_number("beta", self.beta)
         if not self.beta >= 0:
             raise ValueError(f"beta: expected a number >= 0, got {self.beta!r}")
         for name, values in self.state_dict().items():
@@ -50,6 +56,8 @@ class UcbMaxProb(ExitRule):
             if len(values) != len(self.arms):
                 raise ValueError(f"{name}: expected {len(self.arms)} values (one per arm), got {len(values)}")
         super().__post_init__()
+        for value in self.overhead if isinstance(self.overhead, list | tuple) else [self.overhead]:
+            check_number("overhead", value)
 
     @property
     def threshold(self) -> float:  # type: ignore[override]

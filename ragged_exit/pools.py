@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ragged_exit.arguments import whole_number
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.buffers import Buffers
 from ragged_exit.executor import Departure, ExitRecord, Launched, Lesson, RaggedExecutor, Survivors, conclude
@@ -109,8 +110,7 @@ class SurvivorPools:
     """
 
     def __init__(self, executor: RaggedExecutor, token_budget: int, *, max_wait: int = MAX_WAIT) -> None:
-        if not isinstance(token_budget, int):
-            raise TypeError(f"token_budget: expected an integer, got {type(token_budget).__name__}")
+        token_budget = whole_number("token_budget", token_budget)
         if not 1 <= token_budget <= MAX_BUDGET:  # a launch has memory for all of it
             raise ValueError(f"token_budget: expected 1 to {MAX_BUDGET:,}, got {token_budget:,}")
         if max_wait < 0:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ragged_exit.arguments import check_number
+
 COMPARISONS = ("<", "<=", ">", ">=")
 ENTROPY_DIALECTS = ("exact", "hf", "castorini", "categorical", "normalised")
 SCORES = (
@@ -228,6 +230,7 @@ class _Counting(ExitRule):
         super().__post_init__()
         if any(value < 0 or not value.is_integer() for value in _numbers("patience", self.patience)):
             raise ValueError(f"patience: expected whole numbers >= 0, got {self.patience!r}")
+        check_number("tolerance", self.tolerance)
         if math.isnan(self.tolerance):
             raise ValueError("tolerance: expected a number, got NaN")
 
@@ -289,6 +292,7 @@ class DistanceEntropy(ExitRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("lam", self.lam)
         if not self.lam >= 0 or math.isinf(self.lam):
             raise ValueError(f"lam: expected a finite number >= 0, got {self.lam!r}")
         if self.dr_order not in DR_ORDERS:
@@ -300,6 +304,7 @@ class DistanceEntropy(ExitRule):
 
 
 def _check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature)
     if not temperature > 0 or math.isinf(temperature):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
 

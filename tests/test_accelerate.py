@@ -292,6 +292,13 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type, message: str
 
 
 @pytest.mark.parametrize("callee", ["model", "fast"])
+def test_a_tokenizers_whole_output_in_place_of_the_ids(callee: str) -> None:
+    call = tiny_deebert() if callee == "model" else fast_model()
+    with pytest.raises(TypeError, match="input_ids: expected an integer tensor, got BatchEncoding"):
+        call(transformers.BatchEncoding({"input_ids": IDS}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("callee", ["model", "fast"])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -329,6 +336,7 @@ def test_bad_input_is_named_where_segments_are_read(
             ValueError,
             r"dtype: .* on a GPU, float16, got torch\.float16",
         ),
+        ({"dtype": "float32"}, TypeError, "dtype: expected a torch.dtype, got 'float32'"),
         ({"dtype": torch.float64}, ValueError, "dtype: expected float32, bfloat16 or"),
         ({"dtype": torch.int64}, ValueError, "dtype: expected float32, bfloat16 or"),
     ],

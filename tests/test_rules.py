@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -230,6 +231,33 @@ def test_every_field_is_a_plain_number(make, field, number):
     rule = make(number(2))
     assert type(getattr(rule, field)) in (int, float) and getattr(rule, field) == 2
     assert rule_from_dict(json.loads(json.dumps(rule.to_dict()))).spec == rule.spec
+
+
+@pytest.mark.parametrize("value", ["2", None, [2.0]], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda value: MaxProb(0.9, temperature=value), "temperature"),
+        (lambda value: Energy(0.9, temperature=value), "temperature"),
+        (lambda value: Patience(2, value), "tolerance"),
+        (lambda value: ConfidentPatience(2, tolerance=value), "tolerance"),
+        (lambda value: DistanceEntropy(0.1, lam=value), "lam"),
+        (lambda value: UcbMaxProb(beta=value), "beta"),
+        (lambda value: UcbMaxProb(overhead=[value, 0.1]), "overhead"),
+        (lambda value: UcbMaxProb(arms=(0.5, value)), "arms"),
+    ],
+)
+def test_a_field_that_is_no_number_is_named(make, field, value):
+    with pytest.raises(TypeError, match=f"^{field}: expected a number, got {re.escape(repr(value))}"):
+        make(value)
+
+
+def test_overheads_and_arms_that_are_no_numbers_are_named():
+    with pytest.raises(TypeError, match=r"^overhead: expected a number, got '0.1'"):
+        UcbMaxProb(overhead="0.1")
+    for arms in (0.5, "0.5", None):
+        with pytest.raises(TypeError, match=r"^arms: expected a list or tuple of thresholds, got"):
+            UcbMaxProb(arms=arms)
 
 
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])

@@ -297,6 +297,13 @@ def test_a_bad_budget_is_an_error() -> None:
         list(fast_model().stream([[5]], token_budget=100.0))
 
 
+@pytest.mark.parametrize("budget", [np.int64(8), torch.tensor(8)], ids=["numpy", "torch"])
+def test_a_budget_of_any_integer_type(budget: Any) -> None:
+    rows = random_rows(9, 5)
+    for one, other in zip(fast_model().stream(rows, budget), fast_model().stream(rows, 8), strict=True):
+        assert one.error is None and torch.equal(one.logits, other.logits)
+
+
 def test_rows_may_be_given_in_one_buffer_again_and_again() -> None:
     """Rows wait for others: what the caller does with his memory meanwhile is his business."""
     fast, rows, buffer = fast_model(), random_rows(30, 5), []

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from ragged_exit.batch import check_inputs
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.executor import Lesson, Stage
 from ragged_exit.heads import HeadOutput
@@ -134,9 +135,10 @@ class EarlyExitModel(nn.Module):
     ) -> ExitOutput:
         """Padded ``[B, S]`` in. Training mode runs every exit; eval mode answers each row at its own exit.
 
-        Raises TypeError or ValueError naming ``labels``, and ``rule`` where one was set that ``check_rule`` refuses.
+        Raises TypeError or ValueError naming the argument, or ``rule`` where one was set that ``check_rule`` refuses.
         """
         self.check_rule(self.rule)  # whoever set it was not asked
+        check_inputs(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         input_ids, attention_mask, token_type_ids = self.prepare(input_ids, attention_mask, token_type_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         points = self.exit_points(input_ids, attention_mask, token_type_ids)

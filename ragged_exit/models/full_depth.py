@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PretrainedConfig
 
+from ragged_exit.arguments import whole_number
 from ragged_exit.models.base import EarlyExitModel
 from ragged_exit.models.highway import Highway, MlpExit, copy_linear, own_activation
 from ragged_exit.models.layered import LayeredModel, LayerExit
@@ -60,8 +61,9 @@ def truncated(
     ``from_backbone`` (directory, id or module), whose own head is copied where it has one, to be trained again.
 
     Raises ValueError when ``k`` is not a layer, or an early-exit model has no pooled MLP exit there; TypeError for
-    ``num_labels`` or ``pooling`` beside an early-exit model.
+    a ``k`` that is no integer, and for ``num_labels`` or ``pooling`` beside an early-exit model.
     """
+    k = whole_number("k", k)
     if isinstance(source, EarlyExitModel):
         if num_labels is not None or pooling is not None:
             raise TypeError("num_labels, pooling: expected None for an early-exit model, which has its own")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from ragged_exit.arguments import whole_number
 from ragged_exit.backbones import check_backbone
 from ragged_exit.models.base import EarlyExitModel, new_backbone
 
@@ -32,13 +33,15 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
     Heads that are known: pooler and classifier (BERT, ALBERT), dense and out_proj (RoBERTa, ELECTRA), pre_classifier
     and classifier (DistilBERT), all of a ``...ForSequenceClassification``; other heads answer something else.
 
-    Raises TypeError for an early-exit model, ValueError for a checkpoint that lacks weights of the encoder itself
-    and for an encoder that ``check_backbone`` refuses.
+    Raises TypeError for an early-exit or an accelerated model, ValueError for a checkpoint that lacks weights of the
+    encoder itself and for an encoder that ``check_backbone`` refuses.
     """
     drawn: set[str] = set()
     if isinstance(source, EarlyExitModel):
         raise TypeError(f"source: expected an encoder, got a {type(source).__name__}, which has exits already")
     if isinstance(source, nn.Module):
+        if next(source.parameters(), None) is None:  # an accelerated model, say
+            raise TypeError(f"source: expected an encoder, got {type(source).__name__}, which has no parameters")
         whole = copy.deepcopy(source).float()
     else:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
@@ -79,9 +82,15 @@ def _check_encoder(source: str | Path, backbone: nn.Module, whole: nn.Module, dr
 
 
 def set_labels(found: Found, num_labels: int | None) -> None:
-    """Set the config's ``num_labels``. Raises ValueError when a fine-tuned classifier has another number."""
+    """Set the config's ``num_labels``. Raises TypeError for no integer, ValueError for one that cannot be.
+
+    A fine-tuned classifier has its own number, which cannot be another.
+    """
     if num_labels is None:
         return
+    num_labels = whole_number("num_labels", num_labels)
+    if num_labels < 1:
+        raise ValueError(f"num_labels: expected at least 1, got {num_labels}")
     if found.classifier is not None and found.classifier.out_features != num_labels:
         raise ValueError(
             f"num_labels: the checkpoint's classifier has {found.classifier.out_features} classes, got {num_labels}"

@@ -263,6 +263,40 @@ def test_from_backbone_takes_no_early_exit_model(tmp_path: Path) -> None:
         rx.Pabee.from_backbone(tmp_path)
 
 
+@pytest.mark.parametrize("take", [rx.DeeBert.from_backbone, lambda source: rx.truncated(source, 2)])
+def test_an_accelerated_model_is_no_encoder(take: Any) -> None:
+    with pytest.raises(TypeError, match="source: expected an encoder, got AcceleratedModel, which has no parameters"):
+        take(rx.accelerate(tiny_deebert(), impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "error", "message"),
+    [
+        (0, ValueError, "num_labels: expected at least 1, got 0"),
+        (-1, ValueError, "num_labels: expected at least 1, got -1"),
+        ("2", TypeError, "num_labels: expected an integer, got str"),
+        (2.0, TypeError, "num_labels: expected an integer, got float"),
+    ],
+)
+def test_a_number_of_classes_that_cannot_be(num_labels: Any, error: type, message: str) -> None:
+    backbone = BertModel(config_of("bert"))
+    with pytest.raises(error, match=message):
+        rx.DeeBert.from_backbone(backbone, num_labels=num_labels)
+    with pytest.raises(error, match=message):
+        rx.truncated(backbone, 2, num_labels=num_labels)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_numbers_of_classes_and_layers_may_be_numpys(number: Any, tmp_path: Path) -> None:
+    model = rx.DeeBert.from_backbone(BertModel(config_of("bert")), num_labels=number(2))
+    rx.truncated(model, number(2)).save_pretrained(tmp_path)
+    config = rx.load(tmp_path).config
+    assert (config.num_labels, config.num_hidden_layers) == (2, 2)
+    for layers in ("2", 2.0):
+        with pytest.raises(TypeError, match="k: expected an integer, got"):
+            rx.truncated(model, layers)
+
+
 @pytest.mark.parametrize("take", [lambda model: rx.DeeBert.from_backbone(model, num_labels=2),
                                   lambda model: rx.truncated(model, 2, num_labels=2)])  # fmt: skip
 def test_a_loaded_model_stays_the_callers_own(take: Any) -> None:
