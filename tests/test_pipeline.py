@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate_cases import (
+    CLOSE,
     assert_results,
     assert_same_answers,
     reference,
@@ -18,7 +21,7 @@ from tiny import (
     tiny_deebert,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
 
 import ragged_exit as rx
 
@@ -111,6 +114,24 @@ def test_pipeline(impl: str, reviewer: rx.DeeBert, tokenizer: PreTrainedTokenize
 def test_a_pipeline_can_be_shown(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
     classify = pipeline("text-classification", model=rx.accelerate(reviewer, impl="reference"), tokenizer=tokenizer)
     assert "AcceleratedModel" in repr(classify.model) and "TextClassificationPipeline" in repr(classify)
+
+
+@pytest.mark.parametrize("callee", ["model", "fast"])
+def test_a_trainer_hands_the_logits_to_compute_metrics_as_the_readme_says(
+    callee: str, reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [dict(tokenizer(text)) | {"labels": place % 3} for place, text in enumerate(TEXTS)]
+    trainer = Trainer(
+        model=reviewer if callee == "model" else rx.accelerate(reviewer, impl="reference"),
+        args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda outcome: {"rows": len(outcome.predictions.argmax(1))},
+    )
+    ignored = ["exit_layer", "exit_member", "executed_layers", "score"]
+    assert trainer.evaluate(rows, ignore_keys=ignored)["eval_rows"] == len(TEXTS)
+    expected = reference(reviewer, **tokenizer(TEXTS, padding=True, return_tensors="pt"))
+    predicted = torch.from_numpy(trainer.predict(rows, ignore_keys=ignored).predictions)
+    torch.testing.assert_close(predicted, expected.logits, **CLOSE)
 
 
 def test_stream_takes_what_a_tokenizer_returns(reviewer: rx.DeeBert, tokenizer: PreTrainedTokenizerFast) -> None:
