@@ -32,11 +32,15 @@ class UerLayerNorm(nn.Module):
 
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, UerLayerNorm)  # their weights say all that they compute
 ROBERTA_LIKE = ("camembert", "roberta", "xlm-roberta")  # model types that differ in their vocabulary alone
-_KNOWN_HOOKS = ("transformers.", "torch.nn.utils.")  # collect hidden states; set the weight that we read (pruning)
+_OUTPUT_HOOKS = "transformers."  # collect hidden states, change none
+_WEIGHT_HOOKS = "torch.nn.utils."  # pruning, spectral norm, the old weight norm: set weight or bias at every call
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Its weight. Raises ValueError for a module that computes something else with it, as an adapter's wrapper does."""
+    """Its weight, and ``module.bias`` is right from here on: a pruned module's are set anew, as a call would.
+
+    Raises ValueError for a module that computes something else with them, as an adapter's wrapper does.
+    """
     _check_hooks(module)
     kind = type(module)
     if kind.forward not in [plain.forward for plain in _PLAIN]:
@@ -46,12 +50,30 @@ def weight_of(module: nn.Module) -> Tensor:
         )
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(f"model: expected embeddings without max_norm, got {module.max_norm}")
+    _set_weights(module)
     return module.weight  # type: ignore[return-value]
+
+
+def _set_weights(module: nn.Module) -> None:
+    """Run the hooks that set weight and bias: both are stale since the last step, or since a state was loaded."""
+    training = module.training
+    module.training = False  # in training spectral_norm goes a step on, and a reader changes nothing
+    try:
+        with torch.no_grad():
+            for hook in module._forward_pre_hooks.values():
+                if _origin(hook).startswith(_WEIGHT_HOOKS):
+                    hook(module, ())
+    finally:
+        module.training = training
+
+
+def _origin(hook: Callable[..., Any]) -> str:
+    return str(getattr(hook, "__module__", ""))
 
 
 def _check_hooks(module: nn.Module) -> None:
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if not str(getattr(hook, "__module__", "")).startswith(_KNOWN_HOOKS):
+        if not _origin(hook).startswith((_OUTPUT_HOOKS, _WEIGHT_HOOKS)):
             raise ValueError(
                 f"model: expected modules without forward hooks, which are not run, got {hook!r} on a "
                 f"{type(module).__name__}; remove it first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,58 @@ def test_a_hook_that_would_not_run_is_refused(kind: str, name: str) -> None:
     prune.l1_unstructured(model.backbone.get_submodule("encoder.layer.1.output.dense"), "weight", 0.5)
     expected = reference(model, **batch)  # leaves transformers' own hooks, and the pruned weight
     assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
+
+
+PRUNED = {  # linears of the backbone and of every kind of head
+    "qkv": ("deebert", LAYER + "attention.self.query"),
+    "feed forward": ("deebert", LAYER + "output.dense"),
+    "pooler": ("deebert", "final.pooler"),
+    "classifier": ("deebert", "final.classifier"),
+    "prototype": ("de3bert", "highways.0.proto"),
+    "uncertainty": ("berxit", "lte"),
+    "electra's head": ("electra", "final.classifier"),
+    "branch": ("fastbert", "classifiers.3.output_layer_1"),
+}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("place", PRUNED)
+def test_a_pruned_module_is_read_as_a_call_would_set_it(place: str, name: str) -> None:
+    """Its weight is an attribute that only a call sets: a loaded state and an optimizer's step leave it as it was."""
+    system, path = PRUNED[place]
+    model, ids = randomised(wrappable(system)), torch.arange(5, 17).view(3, 4)
+    if place == "prototype":
+        model.rule = replace(model.rule, threshold=10.0)  # all leave where distances are scored
+    module = model.get_submodule(path)
+    prune.random_unstructured(module, name, 0.4)
+    state = {key: 3 * value if key == f"{path}.{name}_orig" else value for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    fast = rx.accelerate(model, impl="reference")
+    assert_same_answers(fast(ids), reference(model, input_ids=ids))
+
+    original = getattr(module, f"{name}_orig")
+    original.grad = torch.ones_like(original)
+    torch.optim.SGD([original], lr=0.5).step()
+    fast.refresh()
+    assert_same_answers(fast(ids), reference(model, input_ids=ids))
+
+
+def test_a_head_starts_from_what_a_pruned_one_computes() -> None:
+    model, source = tiny_deebert(), nn.Linear(32, 3)
+    prune.l1_unstructured(source, "weight", 0.5)
+    source.load_state_dict({name: 3 * value for name, value in source.state_dict().items()})
+    model.start_from(None, source)
+    x = torch.ones(1, 32)
+    torch.testing.assert_close(model.final.classifier(x), source(x), rtol=0, atol=0)
+
+
+def test_reading_a_spectral_norm_in_training_leaves_its_vectors_alone() -> None:
+    model = tiny_deebert()
+    module = nn.utils.spectral_norm(model.backbone.encoder.layer[1].output.dense)
+    model.train()
+    before = module.weight_u.clone()
+    rx.accelerate(model, impl="reference")
+    assert torch.equal(module.weight_u, before) and module.training
 
 
 @pytest.mark.parametrize("kind", ["albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta"])

@@ -160,11 +160,15 @@ def cosine_distances(vectors: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def copy_linear(source: nn.Linear, target: nn.Linear) -> None:
-    """Copy weights and bias of ``source`` into ``target``. Raises ValueError where their shapes differ."""
-    if source.weight.shape != target.weight.shape:  # copy_ would broadcast one row over all classes
+    """Copy weights and bias of ``source`` into ``target``.
+
+    Raises ValueError where their shapes differ, and for what ``weight_of`` refuses.
+    """
+    weight = weight_of(source)
+    if weight.shape != target.weight.shape:  # copy_ would broadcast one row over all classes
         raise ValueError(
-            f"source: expected a linear of {list(target.weight.shape)} in its head, got {list(source.weight.shape)}"
+            f"source: expected a linear of {list(target.weight.shape)} in its head, got {list(weight.shape)}"
         )
     with torch.no_grad():
-        target.weight.copy_(source.weight)
+        target.weight.copy_(weight)
         target.bias.copy_(source.bias)
