@@ -41,7 +41,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
     Raises ValueError for a module that computes something else with them, as an adapter's wrapper does.
     """
-    _check_hooks(module)
+    _check_forward(module)
     kind = type(module)
     if kind.forward not in [plain.forward for plain in _PLAIN]:
         raise ValueError(
@@ -71,13 +71,20 @@ def _origin(hook: Callable[..., Any]) -> str:
     return str(getattr(hook, "__module__", ""))
 
 
-def _check_hooks(module: nn.Module) -> None:
+def _check_forward(module: nn.Module) -> None:
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         if not _origin(hook).startswith((_OUTPUT_HOOKS, _WEIGHT_HOOKS)):
             raise ValueError(
                 f"model: expected modules without forward hooks, which are not run, got {hook!r} on a "
                 f"{type(module).__name__}; remove it first"
             )
+    compiled = "_orig_mod" in module._modules  # torch.compile's wrapper around the module that it holds
+    faster = hasattr(module, "kernel_layer_name")  # the kernels library's for the same function, as transformers asks
+    if "forward" in vars(module) and not (compiled or faster):
+        raise ValueError(
+            "model: expected modules that run their class's forward, got a "
+            f"{type(module).__name__} with one of its own; remove it first"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,11 +148,11 @@ def backbone_weights(backbone: nn.Module) -> BackboneWeights:
     The result refers to the parameters where it can. Raises ValueError naming what is not supported: another
     architecture, a decoder, relative positions, modules that ``weight_of`` refuses, LayerNorms that differ in their eps
     or have no bias, layers that differ in how many heads they have, an activation that is unknown or not the config's,
-    forward hooks.
+    forward hooks, a forward that was replaced.
     """
     config = check_backbone(backbone)
     for module in backbone.modules():
-        _check_hooks(module)
+        _check_forward(module)
     return BackboneWeights(**_READERS[config.model_type](backbone, config), norm_eps=_norm_eps(backbone))
 
 

@@ -122,6 +122,44 @@ def test_a_hook_that_would_not_run_is_refused(kind: str, name: str) -> None:
     assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
 
 
+@pytest.mark.parametrize(
+    "name", ["backbone.encoder.layer.1", "backbone.encoder.layer.1.output.dense", "final.classifier", "final.pooler"]
+)
+def test_a_forward_that_would_not_run_is_refused(name: str) -> None:
+    """As the accelerate library's add_hook_to_module sets one."""
+    model, batch = exiting(tiny_deebert()), inputs()
+    expected = reference(model, **batch)
+    module = model.get_submodule(name)
+    own = module.forward
+    module.forward = lambda *args, **named: own(*args, **named)
+    with pytest.raises(
+        ValueError, match=f"model: expected modules .* got a {type(module).__name__} with one of its own"
+    ):
+        rx.accelerate(model, impl="reference")
+    del module.forward
+    assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
+
+
+@pytest.mark.parametrize("name", ["backbone", "backbone.encoder.layer.1", "highways.0"])
+def test_compiled_modules_are_taken(name: str) -> None:
+    """torch.compile puts a forward into a wrapper around the module; the whole model's may be anybody's."""
+    model, batch = exiting(tiny_deebert()), inputs()
+    expected = reference(model, **batch)
+    model.set_submodule(name, torch.compile(model.get_submodule(name)))
+    model.forward = model.forward  # as transformers' Trainer does for mixed precision
+    assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
+
+
+def test_a_forward_of_the_kernels_library_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replaces activations on the modules; classes that it may do this to carry a name for it."""
+    model, batch = exiting(tiny_deebert()), inputs()
+    expected = reference(model, **batch)
+    activation = model.backbone.encoder.layer[1].intermediate.intermediate_act_fn
+    monkeypatch.setattr(type(activation), "kernel_layer_name", "GeLU", raising=False)
+    activation.forward = activation.forward
+    assert_same_answers(rx.accelerate(model, impl="reference")(**batch), expected)
+
+
 PRUNED = {  # linears of the backbone and of every kind of head
     "qkv": ("deebert", LAYER + "attention.self.query"),
     "feed forward": ("deebert", LAYER + "output.dense"),
