@@ -104,7 +104,7 @@ def read_text_data(
     table = _read_table(path, {*_PARTNER, *_PARTNER.values(), text, text2 or text, label or text, _ID})
     if table.num_rows == 0:
         raise ValueError(f"{path}: the file is empty, expected at least one row")
-    names = table.column_names
+    names = header(path, table.schema)
     text, text2 = text_columns(names, text, text2)
 
     labels, names_found = None, None
@@ -118,6 +118,14 @@ def read_text_data(
         ids=list(ids),
         label_names=names_found,
     )
+
+
+def header(path: Path, schema: pa.Schema) -> list[str]:
+    """The columns' names. Raises ValueError for one that is no UTF-8, which Arrow reads without a look at it."""
+    try:
+        return schema.names
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected names of columns in UTF-8, got {error.object!r:.80}") from error
 
 
 def text_columns(names: Sequence[str], text: str = "text", text2: str | None = None) -> tuple[str, str | None]:

@@ -260,6 +260,8 @@ def test_labels_may_be_absent_only_on_request(tmp_path, suffix):
         ("a.csv", 'label,text\n1,good\n0,"bad\n1,fine\n', "not readable as csv: up to line 4: unexpected end of data"),
         ("a.csv", 'text,label\n"bad,0\nso "so",1\n', "not readable as csv: up to line 3: ',' expected after '\"'"),
         ("a.csv", "text,label\n\udce9,1\n", "not readable as csv.*UTF8"),
+        ("a.csv", "text,caf\udce9\na,1\n", r"names of columns in UTF-8, got b'caf\\xe9'"),
+        ("a.tsv", "text\tcaf\udce9\na\t1\n", r"names of columns in UTF-8, got b'caf\\xe9'"),
         ("a.csv", "text,label\n", "the file is empty"),
         ("a.csv", "", "the file is empty"),
         ("a.jsonl", "", "the file is empty"),

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.parquet
 
-from ragged_exit.data import SUFFIXES, as_written, check_quotes, csv_options, json_lines, text_columns
+from ragged_exit.data import SUFFIXES, as_written, check_quotes, csv_options, header, json_lines, text_columns
 
 SHARD_ROWS = 4096
 SHARD_BYTES = 1 << 26  # of long texts fewer rows, so that memory stays flat
@@ -129,7 +129,7 @@ def _read_csv(source: Path, text: str, text2: str | None, block_size: int) -> It
         reading = pa.csv.ReadOptions(block_size=block_size)
         return pa.dataset.dataset(source, format=pa.dataset.CsvFileFormat(read_options=reading, **options))
 
-    columns = _columns(source, table(()).schema.names, text, text2)
+    columns = _columns(source, header(source, table(()).schema), text, text2)
     wanted = {name: pa.dataset.field(column) for name, column in columns.items()}
     for batch in table(columns.values()).to_batches(columns=wanted):
         yield pa.record_batch({name: _strings(name, batch.column(name)) for name in columns})
@@ -138,7 +138,7 @@ def _read_csv(source: Path, text: str, text2: str | None, block_size: int) -> It
 def _read_parquet(source: Path, text: str, text2: str | None, block_size: int) -> Iterator[pa.RecordBatch]:
     """A few rows at a time, whatever the row groups: Arrow's datasets would read gigabytes ahead."""
     file = pa.parquet.ParquetFile(source)
-    columns = _columns(source, file.schema_arrow.names, text, text2)
+    columns = _columns(source, header(source, file.schema_arrow), text, text2)
     for batch in file.iter_batches(batch_size=SHARD_ROWS, columns=list(columns.values())):
         yield pa.record_batch({name: _strings(name, batch.column(column)) for name, column in columns.items()})
 

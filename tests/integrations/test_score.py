@@ -103,6 +103,14 @@ def test_an_id_that_is_no_text_is_refused(ids, checkpoint, tmp_path):
         score_file(ScoreOptions(str(checkpoint)), tmp_path / "in.parquet", tmp_path / "out.jsonl")
 
 
+@pytest.mark.parametrize(("suffix", "comma"), [(".csv", b","), (".tsv", b"\t")])
+def test_a_header_that_is_no_text_is_refused(suffix, comma, checkpoint, tmp_path):
+    source = tmp_path / f"in{suffix}"
+    source.write_bytes(comma.join([b"text", b"caf\xe9"]) + b"\n" + comma.join([b"a", b"1"]) + b"\n")
+    with pytest.raises(ValueError, match=rf"in{suffix}: expected names of columns in UTF-8, got b'caf\\xe9'"):
+        score_file(ScoreOptions(str(checkpoint)), source, tmp_path / "out.jsonl")
+
+
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_what_json_does_not_have_is_a_missing_text(constant, checkpoint, tmp_path):
     source = tmp_path / "in.jsonl"
