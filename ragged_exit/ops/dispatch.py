@@ -24,7 +24,10 @@ def default_impl() -> str:
 
 @torch.compiler.assume_constant_result  # Dynamo must not trace into the import
 def native_available() -> bool:
-    """True when the C++ extension is built; says once, when it is not, what runs instead."""
+    """True when the C++ extension is built; says once, when it is not, what runs instead.
+
+    Raises ValueError where RAGGED_EXIT_ISA names no instruction set of this processor.
+    """
     return _native_available()
 
 
@@ -33,6 +36,8 @@ def _native_available() -> bool:
     try:
         importlib.import_module("ragged_exit._native")
     except ImportError as error:
+        if str(error).startswith("RAGGED_EXIT_ISA"):  # it is built, and another set was asked for
+            raise ValueError(str(error)) from error
         warnings.warn(
             f"ragged_exit: the native CPU kernels are not built ({error}); running on the PyTorch reference ops",
             stacklevel=2,
