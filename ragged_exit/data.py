@@ -231,7 +231,7 @@ def _read_table(path: Path, wanted: set[str]) -> pa.Table:
         return pa.csv.read_csv(
             path, read_options=pa.csv.ReadOptions(block_size=block_size), **csv_options(suffix, wanted)
         )
-    except (pa.ArrowException, OverflowError) as error:
+    except pa.ArrowException as error:
         raise ValueError(f"{path}: not readable as {suffix[1:]}: {error}") from error
 
 
@@ -273,9 +273,21 @@ def _read_jsonl(path: Path, wanted: set[str]) -> pa.Table:
         if name not in wanted:
             return pa.nulls(len(rows))
         values = [row.get(name) for row in rows]
-        return pa.array([as_written(value) for value in values], pa.string()) if name == _ID else pa.array(values)
+        try:
+            return pa.array([as_written(value) for value in values], pa.string()) if name == _ID else pa.array(values)
+        except (pa.ArrowException, OverflowError) as error:
+            raise ValueError(f"{path}: column {name!r} is not readable: {error}; {_first_of_types(values)}") from error
 
     return pa.table({name: column(name) for name in dict.fromkeys(name for row in rows for name in row)})
+
+
+def _first_of_types(values: list[Any]) -> str:
+    """Where each of its JSON types is first: what does not belong into a column is mostly of another type."""
+    rows: dict[str, int] = {}
+    for row, value in enumerate(values, start=1):
+        if value is not None:
+            rows.setdefault(type(value).__name__, row)
+    return "it holds " + ", ".join(f"{kind} from row {row}" for kind, row in rows.items())
 
 
 def _column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
