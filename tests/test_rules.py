@@ -216,17 +216,18 @@ def test_thresholds_of_tensors_and_arrays_are_plain_numbers(threshold):
     assert Patience(torch.tensor(3)) == Patience(3)
 
 
+NUMBER_FIELDS = [
+    (lambda value: MaxProb(0.9, temperature=value), "temperature"),
+    (lambda value: Energy(0.9, temperature=value), "temperature"),
+    (lambda value: Patience(2, value), "tolerance"),
+    (lambda value: ConfidentPatience(2, tolerance=value), "tolerance"),
+    (lambda value: DistanceEntropy(0.1, lam=value), "lam"),
+    (lambda value: UcbMaxProb(beta=value), "beta"),
+]
+
+
 @pytest.mark.parametrize("number", [np.float32, np.int64, torch.tensor], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize(
-    ("make", "field"),
-    [
-        (lambda value: MaxProb(0.9, temperature=value), "temperature"),
-        (lambda value: Energy(0.9, temperature=value), "temperature"),
-        (lambda value: Patience(2, value), "tolerance"),
-        (lambda value: DistanceEntropy(0.1, lam=value), "lam"),
-        (lambda value: UcbMaxProb(beta=value), "beta"),
-    ],
-)
+@pytest.mark.parametrize(("make", "field"), NUMBER_FIELDS)
 def test_every_field_is_a_plain_number(make, field, number):
     rule = make(number(2))
     assert type(getattr(rule, field)) in (int, float) and getattr(rule, field) == 2
@@ -237,12 +238,7 @@ def test_every_field_is_a_plain_number(make, field, number):
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda value: MaxProb(0.9, temperature=value), "temperature"),
-        (lambda value: Energy(0.9, temperature=value), "temperature"),
-        (lambda value: Patience(2, value), "tolerance"),
-        (lambda value: ConfidentPatience(2, tolerance=value), "tolerance"),
-        (lambda value: DistanceEntropy(0.1, lam=value), "lam"),
-        (lambda value: UcbMaxProb(beta=value), "beta"),
+        *NUMBER_FIELDS,
         (lambda value: UcbMaxProb(overhead=[value, 0.1]), "overhead"),
         (lambda value: UcbMaxProb(arms=(0.5, value)), "arms"),
     ],
