@@ -66,8 +66,10 @@ def fit(
     ValueError when ``work_dir`` holds another run's work or files of somebody else, or labels do not fit, and for a
     model that is not in float32, whose weights would swallow the steps.
     """
-    if model.dtype != torch.float32:
-        raise ValueError(f"model: expected float32 weights, got {model.dtype}; bf16=True autocasts")
+    dtypes = {weight.dtype for weight in model.parameters()}
+    if dtypes != {torch.float32}:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"model: expected float32 weights, got {found}; bf16=True autocasts")
     labels = [part.label_tensor(model.config.num_labels) for part in (train, valid)]
     if model.config.num_labels == 1:
         _start_at(float(labels[0].mean()), model)
@@ -256,13 +258,16 @@ def _best_checkpoint(last: Path) -> tuple[Path, int]:
     called by another name now.
     """
     state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    attributes = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
+    misses = attributes["early_stopping_patience_counter"]
+    if state.best_global_step is None:  # every loss was NaN: Trainer ends with the last weights then
+        return last, misses
     best = last.with_name(f"checkpoint-{state.best_global_step}")
     state.best_model_checkpoint = str(best)
     scratch = last / f".{TRAINER_STATE_NAME}"
     state.save_to_json(str(scratch))
     scratch.replace(last / TRAINER_STATE_NAME)
-    attributes = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
-    return best, attributes["early_stopping_patience_counter"]
+    return best, misses
 
 
 def _start_at(mean: float, model: LayeredModel) -> None:

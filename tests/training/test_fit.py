@@ -156,6 +156,13 @@ def test_a_model_in_bf16_is_refused():
         fit(tiny("pabee").bfloat16(), task(32, 1), task(32, 2), freeze_backbone=True, epochs=1, **FAST)
 
 
+def test_a_model_of_several_dtypes_is_refused():
+    model = tiny("pabee")
+    model.backbone.embeddings.bfloat16()
+    with pytest.raises(ValueError, match=r"model: expected float32 weights, got torch.bfloat16, torch.float32; bf16"):
+        fit(model, task(32, 1), task(32, 2), freeze_backbone=True, epochs=1, **FAST)
+
+
 def test_a_run_with_another_dropout_is_refused(tmp_path):
     fit(tiny("pabee", dropout=0.1), task(32, 1), task(32, 2), epochs=1, work_dir=tmp_path, **FAST)
     with pytest.raises(ValueError, match="work_dir"):

@@ -12,6 +12,7 @@ from tiny import one_thread  # noqa: F401  (autouse)
 from transformers import Trainer
 
 from ragged_exit.examples import Examples
+from ragged_exit.training import fit as fit_module
 from ragged_exit.training.fit import _CountSteps, fit
 
 PHASE = "0-final"
@@ -107,3 +108,20 @@ def test_a_state_that_was_cut_short_is_no_checkpoint(tmp_path, monkeypatch):
     shutil.copytree(max(phase.glob("checkpoint-*")), cut_short)
     (cut_short / "trainer_state.json").write_text('{"best_global_step": 4, "best_')
     assert_same(run(ENDS, tmp_path), run(ENDS))
+
+
+def test_a_run_whose_losses_were_never_numbers_ends_with_its_last_weights(tmp_path, monkeypatch):
+    options = STOPS | {"learning_rate": 1e38}
+    real = fit_module.save_file
+
+    def killed(tensors: dict, path: Path) -> None:
+        if path.name == f"{PHASE}.safetensors":
+            raise KeyboardInterrupt
+        real(tensors, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit_module, "save_file", killed)
+        run(options, tmp_path)
+    assert state_of(tmp_path / PHASE)["best_global_step"] is None
+    resumed, whole = run(options, tmp_path), run(options)
+    assert_same(*({name: value.nan_to_num() for name, value in each.items()} for each in (resumed, whole)))
