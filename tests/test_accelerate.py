@@ -347,6 +347,13 @@ def test_bad_settings_are_named(settings: dict[str, Any], error: type, message: 
         fast_model(**settings)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_machine_without_cuda_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device: expected one that torch finds here, got {device} and no CUDA"):
+        fast_model(device=device)
+
+
 def test_patience_has_no_threshold_to_set() -> None:
     with pytest.raises(ValueError, match=r"threshold: the rule Patience has no such field; it has .*patience"):
         rx.accelerate(tiny_deebert(rule=rx.Patience(2)), threshold=0.1)
