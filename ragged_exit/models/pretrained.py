@@ -34,7 +34,7 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
     and classifier (DistilBERT), all of a ``...ForSequenceClassification``; other heads answer something else.
 
     Raises TypeError for an early-exit or an accelerated model, ValueError for a checkpoint that lacks weights of the
-    encoder itself and for an encoder that ``check_backbone`` refuses.
+    encoder itself, a module that cannot be copied, and an encoder that ``check_backbone`` refuses.
     """
     drawn: set[str] = set()
     if isinstance(source, EarlyExitModel):
@@ -42,7 +42,10 @@ def read_backbone(source: str | Path | nn.Module) -> Found:
     if isinstance(source, nn.Module):
         if next(source.parameters(), None) is None:  # an accelerated model, say
             raise TypeError(f"source: expected an encoder, got {type(source).__name__}, which has no parameters")
-        whole = copy.deepcopy(source).float()
+        try:
+            whole = copy.deepcopy(source).float()
+        except RuntimeError as error:  # of a weight that is computed from others: torch's pruning, its old weight_norm
+            raise ValueError(f"source: it cannot be copied; make pruned layers plain ones first ({error})") from error
     else:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
         fine_tuned = architectures[0].endswith(_FINE_TUNED)
@@ -99,7 +102,10 @@ def set_labels(found: Found, num_labels: int | None) -> None:
 
 
 def first_layers(backbone: Any, count: int) -> Any:
-    """A copy of ``backbone`` that ends after ``count`` layers."""
+    """A copy of ``backbone`` that ends after ``count`` layers.
+
+    Raises ValueError for a count that cannot be, and for linears whose weights are made of others (pruned, say).
+    """
     config = copy.deepcopy(backbone.config)
     depth = config.num_hidden_layers
     if not 1 <= count <= depth:
@@ -112,5 +118,9 @@ def first_layers(backbone: Any, count: int) -> Any:
         config.num_hidden_groups = count * groups // depth
     shallow = new_backbone(config)
     weights = backbone.state_dict()
-    shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()})
+    wanted = shallow.state_dict()
+    missing = next((name for name in wanted if name not in weights), None)
+    if missing is not None:
+        raise ValueError(f"source: its encoder has no {missing}; make pruned or parametrized layers plain ones first")
+    shallow.load_state_dict({name: weights[name] for name in wanted})
     return shallow.to(next(backbone.parameters()).dtype).eval()
