@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0  # the oldest supported, the pinned and the newest supported
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py ragged_exit/ops/sources.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: bench test lint format fuzz ray peers quality aot gpu gpu-build gpu-kernels gpu-encoder gpu-tests gpu-sanitizer clean $(TRITONS:%=aot-%)
 

@@ -211,6 +211,7 @@ PYBIND11_MODULE(_native, module) {
     using namespace ragged_exit;
     const py::call_guard<py::gil_scoped_release> without_gil;
     module.attr("isa") = isa();
+    module.attr("sources") = RAGGED_EXIT_SOURCES;  // setup.py's digest of this folder
     module.def("varlen_attention", bind_attention, without_gil);
     module.def("add_layer_norm", bind_layer_norm, without_gil);
     module.def("embed_layer_norm", bind_embed_layer_norm, without_gil);

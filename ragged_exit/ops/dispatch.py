@@ -6,11 +6,15 @@ import functools
 import importlib
 import os
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from ragged_exit.ops.sources import digest
+
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+_ROOT = Path(__file__).parents[2]  # of a checkout, where setup.py and csrc/ lie beside the package
 
 
 @functools.cache
@@ -26,7 +30,8 @@ def default_impl() -> str:
 def native_available() -> bool:
     """True when the C++ extension is built; says once, when it is not, what runs instead.
 
-    Raises ValueError where RAGGED_EXIT_ISA names no instruction set of this processor.
+    Raises ValueError where RAGGED_EXIT_ISA names no instruction set of this processor; RuntimeError for an extension
+    that was built from other sources than the checkout's.
     """
     return _native_available()
 
@@ -34,7 +39,7 @@ def native_available() -> bool:
 @functools.cache
 def _native_available() -> bool:
     try:
-        importlib.import_module("ragged_exit._native")
+        native = importlib.import_module("ragged_exit._native")
     except ImportError as error:
         if str(error).startswith("RAGGED_EXIT_ISA"):  # it is built, and another set was asked for
             raise ValueError(str(error)) from error
@@ -43,13 +48,20 @@ def _native_available() -> bool:
             stacklevel=2,
         )
         return False
+    checkout = (_ROOT / "setup.py").exists() and (_ROOT / "csrc").is_dir()
+    if checkout and getattr(native, "sources", None) != digest(str(_ROOT / "csrc")):
+        raise RuntimeError(
+            f"ragged_exit: {native.__file__} was built from other sources than those in csrc/: build it again "
+            "(pip install -e . or python setup.py build_ext --inplace), or remove it"
+        )
     return True
 
 
 def resolve_impl(impl: str | None, device: torch.device) -> str:
     """ "reference", "native" or "triton" for a request and the device that the tensors live on.
 
-    Raises ValueError for an unknown name, or one that cannot run on ``device``; RuntimeError when it is not installed.
+    Raises ValueError for an unknown name, or one that cannot run on ``device``; RuntimeError when it is not installed,
+    and what ``native_available`` raises.
     """
     impl = default_impl() if impl is None else impl
     if impl not in IMPLEMENTATIONS:
