@@ -98,20 +98,26 @@ class MlpExit:
         return HeadOutput(logits, features=features)
 
     def packed(self, encoder: PackedEncoder) -> MlpHead | PackedMlp:
-        """The same exit for the executor: the live weights, or where the fused step does not know it, a snapshot."""
+        """The same exit for the executor, in the encoder's dtype and on its device; one that the fused step does not
+        know is a snapshot, the others are the live weights where these are so already.
+        """
         if self.activation != "tanh" or self.raw_uncertainty:
             return PackedMlp(self, encoder.impl, encoder.dtype, encoder.device)
+
+        def there(value: Tensor | None) -> Any:
+            return None if value is None else value.to(encoder.device, encoder.dtype)
+
         uncertainty, prototype = self.uncertainty, self.prototype
         return MlpHead(
-            classifier_weight=weight_of(self.classifier),
-            classifier_bias=self.classifier.bias,
-            pooler_weight=weight_of(self.pooler),
-            pooler_bias=self.pooler.bias,
-            uncertainty_weight=None if uncertainty is None else weight_of(uncertainty)[0],
-            uncertainty_bias=None if uncertainty is None else uncertainty.bias,
-            prototype_weight=None if prototype is None else weight_of(prototype),
-            prototype_bias=None if prototype is None else prototype.bias,
-            prototypes=self.prototypes,
+            classifier_weight=there(weight_of(self.classifier)),
+            classifier_bias=there(self.classifier.bias),
+            pooler_weight=there(weight_of(self.pooler)),
+            pooler_bias=there(self.pooler.bias),
+            uncertainty_weight=None if uncertainty is None else there(weight_of(uncertainty)[0]),
+            uncertainty_bias=None if uncertainty is None else there(uncertainty.bias),
+            prototype_weight=None if prototype is None else there(weight_of(prototype)),
+            prototype_bias=None if prototype is None else there(prototype.bias),
+            prototypes=there(self.prototypes),
             pooling=self.pooling,
         )
 

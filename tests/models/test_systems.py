@@ -61,6 +61,19 @@ def test_a_model_of_two_dtypes_says_which(tmp_path: Path) -> None:
     assert rx.accelerate(model, dtype=torch.float32, impl="reference").dtype == torch.float32
 
 
+@all_cases
+def test_a_model_of_two_dtypes_runs_in_the_one_that_is_asked_for(case: Case) -> None:
+    model = case.build(case.backbones[0], seed=3)
+    for name, parameter in model.named_parameters():
+        if "classifier" in name:
+            parameter.data = parameter.data.bfloat16()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
+    ids, mask = batch_of(random_rows(5), case.backbones[0])
+    answers = rx.accelerate(model, dtype=torch.float32, impl="reference")(ids, mask)
+    expected = rx.accelerate(model.float(), impl="reference")(ids, mask)
+    assert torch.equal(answers.logits, expected.logits)
+
+
 @pytest.mark.parametrize("layers", [np.array([1, 4]), torch.tensor([1, 4]), [np.int64(1), 4]], ids=repr)
 def test_exit_layers_of_arrays_and_tensors_are_plain_numbers(layers: Any, tmp_path: Path) -> None:
     model = rx.Pabee(config_of("bert"), exit_layers=layers)
