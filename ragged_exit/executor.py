@@ -157,20 +157,21 @@ class RaggedExecutor:
 
         Not for rules that choose thresholds: they see the batch as it came.
         """
-        chooses = any(type(stage.rule).start is not ExitRule.start for stage in self.stages)
+        chooses = any(_chooses(stage.rule) for stage in self.stages)
         if batch.live_on_host or chooses or batch.rows == 1 or batch.tokens < 2 * COHORT_TOKENS:
             return [batch]
         half = min(batch.rows - 1, 1 + int(torch.searchsorted(batch.seqlens.cumsum(0), batch.tokens // 2)))  # rows
         return [batch.part(0, half), batch.part(half, batch.rows)]
 
-    def launch(self, number: int, batch: RaggedBatch, *, first_id: int = 0) -> Launched:
+    def launch(self, number: int, batch: RaggedBatch, *, firsts: Tensor | None = None) -> Launched:
         """Queue stage ``number`` on the rows that wait before it. Nothing is read from the device.
 
-        first_id: what was added to the ``sample_ids`` with which the caller's batch came, as rules see them.
+        firsts: int64, rising, where the rows came in several batches: the first of each one's ``sample_ids``, which
+        rules see counted from there.
         """
         stage, thresholds = self.stages[number], None
         if number == 0 or stage.rule is not self.stages[number - 1].rule:
-            batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0, first_id=first_id)
+            batch, thresholds = _adopt(stage.rule, batch, keep_thresholds=number == 0, firsts=firsts)
         if stage.restart:
             batch = stage.encoder.embed(batch, self.buffers)
         if not self._keeps_ids[number] and batch.input_ids is not None:
@@ -240,8 +241,13 @@ class Lesson:
         self.rule.learn(self.thresholds, scores, last)
 
 
+def _chooses(rule: ExitRule) -> bool:
+    """Whether it has thresholds for single rows."""
+    return type(rule).start is not ExitRule.start
+
+
 def _adopt(
-    rule: ExitRule, batch: RaggedBatch, *, keep_thresholds: bool, first_id: int
+    rule: ExitRule, batch: RaggedBatch, *, keep_thresholds: bool, firsts: Tensor | None
 ) -> tuple[RaggedBatch, Tensor | None]:
     """Give the live rows what ``rule`` starts with: state, and thresholds unless the caller brought some.
 
@@ -250,7 +256,13 @@ def _adopt(
     state = batch.state | rule.initial_state(batch.row_capacity, batch.device)
     if not keep_thresholds:
         state.pop("threshold", None)
-    chosen = None if "threshold" in state else rule.start(batch.sample_ids[: batch.rows] - first_id)
+    chosen = None
+    if "threshold" not in state and _chooses(rule):
+        ids = batch.sample_ids[: batch.rows]
+        if firsts is not None:
+            firsts = to_device(firsts, batch.device)
+            ids = ids - firsts[torch.searchsorted(firsts, ids, right=True) - 1]
+        chosen = rule.start(ids)
     if chosen is not None:
         chosen = chosen.to(device="cpu", dtype=torch.float32)
         state["threshold"] = to_device(F.pad(chosen, (0, batch.row_capacity - batch.rows)), batch.device)

@@ -128,11 +128,9 @@ class SurvivorPools:
     def put(self, batch: RaggedBatch) -> list[Finished]:
         """Run the first stage of ``batch`` (before its embeddings; sample_ids 0 ... B - 1), then every full pool."""
         self._cohorts[self._entered] = _Cohort(self._rows, batch.rows)
-        first_id = self._rows
+        entering = replace(batch, sample_ids=batch.sample_ids + self._rows)
         self._rows += batch.rows
-        finished = self._run(
-            0, self._entered, replace(batch, sample_ids=batch.sample_ids + first_id), first_id=first_id
-        )
+        finished = self._run(0, self._entered, entering)
         self._entered += 1
         while True:
             if (stage := self._due()) is not None:
@@ -173,14 +171,13 @@ class SurvivorPools:
         filling = self._pools[number].fillings.popleft()
         return self._run(number, filling.entered, filling.batch(), filling.hidden)
 
-    def _run(
-        self, number: int, entered: int, batch: RaggedBatch, buffer: Tensor | None = None, first_id: int = 0
-    ) -> list[Finished]:
+    def _run(self, number: int, entered: int, batch: RaggedBatch, buffer: Tensor | None = None) -> list[Finished]:
         """Queue one stage on a batch whose oldest row came with batch number ``entered``; read what is due.
 
         buffer: where the batch's hidden states are, from its beginning, if it has any.
         """
-        launched = self.executor.launch(number, batch, first_id=first_id)
+        firsts = torch.tensor([cohort.first for cohort in self._cohorts.values()], device="cpu")
+        launched = self.executor.launch(number, batch, firsts=firsts)
         if buffer is None or self.executor.stages[number].restart:  # then they are fresh from the embeddings
             assert launched.batch.hidden is not None
             buffer = launched.batch.hidden

@@ -244,6 +244,26 @@ def test_a_rule_gives_thresholds_to_the_ids_that_entered():
         assert record.exit_layer.tolist() == [1 if row % 5 == 0 else fast.encoder.num_layers for row in range(7)]
 
 
+def test_a_later_members_rule_sees_the_ids_that_entered():
+    """The second member starts on rows of several batches, merged."""
+
+    class Picky(rx.MaxProb):
+        def start(self, sample_ids):
+            return torch.where(sample_ids % 2 == 0, -1.0, 2.0)  # these leave at once, the others never
+
+    never = rx.MaxProb(2.0)
+    members = [rx.DeeBert(config_of("bert"), rule).eval() for rule in (never, Picky(0.0))]
+    fast = rx.accelerate(rx.CascadeBert.from_members(members, never))
+    parts = [random_rows(7, seed) for seed in range(3)]
+    alone = [fast.executor.run(fast.pack_sequences(part)).exit_layer for part in parts]
+    pools = SurvivorPools(fast.executor, 300)
+    with torch.inference_mode():
+        finished = [done for part in parts for done in pools.put(fast.pack_sequences(part))] + pools.flush()
+    assert len(finished) == 3 and set(alone[0].tolist()) == {1, 4}
+    for number, record in finished:
+        assert torch.equal(record.exit_layer, alone[number])
+
+
 def test_parts_with_other_row_state_are_refused():
     first, second = batch_of([0, 1], [2, 3]), batch_of([2], [1])
     second.state["threshold"] = torch.zeros(1)
