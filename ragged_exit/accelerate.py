@@ -182,14 +182,21 @@ class AcceleratedModel(nn.Module):
         sorted by length. A bad sequence gives a RowResult with ``error``; the others are answered all the same. Where
         ``sequences`` itself raises, what it gave before is answered first, then its error is raised.
 
-        Raises, with the first answer, TypeError when ``sequences`` is one mapping or text, or ``token_budget`` no
-        integer; ValueError for a budget below 1 or too large.
+        Where the model or a rule fails midway (memory, say), the rows that were read are told, in order, those without
+        an answer with that error; then it is raised.
+
+        Raises, with the first answer, TypeError when ``sequences`` is one mapping or text, or cannot be iterated, or
+        ``token_budget`` is no integer; ValueError for a budget below 1 or too large.
         """
         if isinstance(sequences, Mapping | str | bytes | bytearray):  # iterated, its keys or characters would be rows
             raise TypeError(f"sequences: expected an iterable of sequences, got one {type(sequences).__name__}")
+        try:
+            items = enumerate(sequences)
+        except TypeError as error:
+            raise TypeError(f"sequences: expected an iterable of sequences, got {sequences!r}") from error
         pools, encoders = SurvivorPools(self.executor, token_budget), self.encoders  # refresh() is for the next stream
         yield from answer_in_order(
-            (StreamRow(index, *self._read(item, encoders)) for index, item in enumerate(sequences)),
+            (StreamRow(index, *self._read(item, encoders)) for index, item in items),
             functools.partial(self._pack, encoders),
             pools,
         )
@@ -203,7 +210,8 @@ class AcceleratedModel(nn.Module):
             for name in _NOT_TAKEN:
                 if (value := given.get(name)) is not None:
                     raise ValueError(f"{name}: expected None, for the model has its own, got {type(value).__name__}")
-            ids = _kept("input_ids", given["input_ids"])
+            if (ids := _kept("input_ids", given["input_ids"])) is None:
+                raise TypeError("input_ids: expected a sequence of integers, got None")
             types = _kept("token_type_ids", given.get("token_type_ids"))
             prepared = None if types is None else self._source[0].prepare_types(types)
             for encoder in encoders:
@@ -213,7 +221,7 @@ class AcceleratedModel(nn.Module):
                 raise ValueError(
                     f"attention_mask: expected {len(ids)} times 1, got other values; give sequences without padding"
                 )
-        except (ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # whatever reading the caller's object raises
             return (), None, f"{type(error).__name__}: {error}"
         return ids, types, None
 
@@ -246,4 +254,10 @@ def _kept(name: str, values: Any) -> Any:
         raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
     if values is None:
         return None
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    elif isinstance(values, Iterable):
+        values = list(values)
+    if not isinstance(values, list):
+        raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
+    return values

@@ -124,9 +124,9 @@ class PackedEncoder:
                 raise ValueError(
                     f"token_type_ids: expected {len(input_ids)} values, as input_ids, got {len(token_type_ids)}"
                 )
-            if self.token_type_embeddings is not None:
-                limit = len(self.token_type_embeddings)
-                _check_values("token_type_ids", min(token_type_ids), max(token_type_ids), limit)
+            table = self.token_type_embeddings
+            limit = 2**63 if table is None else len(table)  # without a table they are packed all the same
+            _check_values("token_type_ids", min(token_type_ids), max(token_type_ids), limit)
 
     def check(self, batch: RaggedBatch, position_name: str = "sequence length") -> None:
         """Raise ValueError unless all packed ids, positions and token types are within this backbone's tables."""

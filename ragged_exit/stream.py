@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -56,10 +58,12 @@ def answer_in_order(
 ) -> Iterator[RowResult]:
     """Answers in the order of ``rows``; bad rows get their error. ``pack`` makes a batch of good rows.
 
-    What the source of ``rows`` raises is raised when all that came before is answered.
+    What the source of ``rows`` raises is raised when all that came before is answered. What ``pack`` and ``pools``
+    raise is the error of all rows that were read and have no answer, and is raised when they have been told.
     """
     waiting: deque[_Window] = deque()
-    failures: list[Exception] = []
+    failures: list[Exception] = []  # of the source
+    breakdown: list[Exception] = []
     batches = 0
     for chunk in _chunks(_until_failure(rows, failures), WINDOW_BATCHES * pools.token_budget):
         window = _Window([RowResult(row.index, error=row.error) for row in chunk])
@@ -69,19 +73,36 @@ def answer_in_order(
         for part in parts:
             window.places[batches] = [good[number] for number in part]
             batches += 1
-        for places in list(window.places.values()):
-            with torch.inference_mode():
-                finished = pools.put(pack([chunk[place] for place in places]))
-            _fill(waiting, finished)
+        with _breakdown_told(waiting, breakdown):
+            for places in list(window.places.values()):
+                with torch.inference_mode():
+                    finished = pools.put(pack([chunk[place] for place in places]))
+                _fill(waiting, finished)
         while waiting and not waiting[0].places:
             yield from waiting.popleft().results
-    with torch.inference_mode():
-        finished = pools.flush()
-    _fill(waiting, finished)
+        if breakdown:
+            raise breakdown[0]
+    with _breakdown_told(waiting, breakdown):
+        with torch.inference_mode():
+            finished = pools.flush()
+        _fill(waiting, finished)
     for window in waiting:
         yield from window.results
-    if failures:
-        raise failures[0]
+    for error in (*breakdown, *failures):
+        raise error
+
+
+@contextmanager
+def _breakdown_told(waiting: Iterable[_Window], breakdown: list[Exception]) -> Iterator[None]:
+    """What is raised within goes into ``breakdown``, and is the answer of every row that has none."""
+    try:
+        yield
+    except Exception as error:
+        breakdown.append(error)
+        for window in waiting:
+            for place in chain.from_iterable(window.places.values()):
+                window.results[place] = replace(window.results[place], error=f"{type(error).__name__}: {error}")
+            window.places.clear()
 
 
 def _until_failure(rows: Iterable[StreamRow], failures: list[Exception]) -> Iterator[StreamRow]:

@@ -33,7 +33,8 @@ from tiny import (
 from transformers import BatchEncoding
 
 import ragged_exit as rx
-from ragged_exit.pools import MAX_WAIT, SurvivorPools
+from ragged_exit.batch import RaggedBatch
+from ragged_exit.pools import MAX_WAIT, Finished, SurvivorPools
 from ragged_exit.stream import WINDOW_BATCHES
 
 
@@ -169,6 +170,14 @@ def test_bad_rows_do_not_pile_up() -> None:
         assert len(seen) <= number + WINDOW_BATCHES * 16
 
 
+class Lazy:
+    """A row that is read from somewhere when it is iterated."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield 5
+        raise OSError("the disk is gone")
+
+
 BAD = {
     "empty": ([], "ValueError: input_ids: expected at least one token"),
     "too long": ([5] * (LONGEST + 1), f"ValueError: input_ids: expected at most {LONGEST} tokens"),
@@ -189,8 +198,12 @@ BAD = {
     ),
     "positions": ({"input_ids": [5, 6], "position_ids": [1, 0]}, "ValueError: position_ids: expected None"),
     "embeddings": ({"input_ids": [5], "inputs_embeds": torch.ones(1, 32)}, "ValueError: inputs_embeds: expected None"),
-    "none": (None, "TypeError"),
-    "number": (5, "TypeError"),
+    "none": (None, "TypeError: input_ids: expected a sequence of integers, got None"),
+    "no sequence": ({"input_ids": None}, "TypeError: input_ids: expected a sequence of integers, got None"),
+    "number": (5, "TypeError: input_ids: expected a sequence of integers, got int"),
+    "scalar": (torch.tensor(5), "TypeError: input_ids: expected a sequence of integers, got int"),
+    "no data": (torch.ones(3, dtype=torch.int64, device="meta"), "NotImplementedError: "),
+    "unreadable": (Lazy(), "OSError: the disk is gone"),
     "nested": ([[5, 6]], "TypeError: input_ids: expected integers, got list"),
     "no ids": ({"ids": [5]}, "KeyError: 'input_ids'"),
     "types": ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "ValueError: token_type_ids: expected values in [0, 2)"),
@@ -241,6 +254,49 @@ def test_what_came_before_the_source_failed_is_answered_first(before: int, budge
         results.extend(fast.stream(failing(), token_budget=budget))  # extend keeps what came
     assert raised.value is failure and len(results) == before
     assert_results(results, fast(*padded(rows)))
+
+
+def test_a_breakdown_is_told_to_the_rows_that_have_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 8 batches, of which some have answered when a launch fails; the rest of the source is not read."""
+    fast = rx.accelerate(exiting(tiny_deebert()), impl="reference")
+    rows = random_rows(400, seed=3)
+    real, entered = SurvivorPools.put, []
+
+    def put(pools: SurvivorPools, batch: RaggedBatch) -> list[Finished]:
+        entered.append(batch.rows)
+        if len(entered) == 40:
+            raise MemoryError("no room")
+        return real(pools, batch)
+
+    monkeypatch.setattr(SurvivorPools, "put", put)
+    results: list[rx.RowResult] = []
+    with pytest.raises(MemoryError, match="no room"):
+        results.extend(fast.stream(iter(rows), token_budget=60))
+    monkeypatch.undo()
+    assert sum(entered) <= len(results) < len(rows) and [row.index for row in results] == list(range(len(results)))
+    lost = [row for row in results if row.error is not None]
+    assert lost and all(row.error == "MemoryError: no room" and row.logits is None for row in lost)
+    expected = fast(*padded(rows))
+    kept = [row for row in results if row.error is None]
+    assert len(kept) > sum(entered) // 2
+    for row in kept:
+        assert row.exit_layer == expected.exit_layer[row.index]
+        torch.testing.assert_close(row.logits, expected.logits[row.index], **CLOSE)
+
+
+@pytest.mark.parametrize("sequences", [None, 5], ids=repr)
+def test_what_cannot_be_iterated_is_no_sequences(sequences: Any) -> None:
+    with pytest.raises(TypeError, match=f"sequences: expected an iterable of sequences, got {sequences}"):
+        next(fast_model().stream(sequences))
+
+
+def test_types_that_no_table_reads_may_be_anything_that_fits() -> None:
+    """DistilBERT has no token types; what lies beyond 64 bits cannot be packed, and must not end the stream."""
+    fast = rx.accelerate(rx.DeeBert(config_of("distilbert")).eval(), impl="reference")
+    good = {"input_ids": [5, 6], "token_type_ids": [7, 0]}
+    first, bad, last = fast.stream([good, {"input_ids": [5], "token_type_ids": [2**70]}, good])
+    assert bad.error.startswith("ValueError: token_type_ids: expected values in [0, 9223372036854775808)")
+    assert torch.equal(first.logits, last.logits)
 
 
 def test_an_interrupt_in_the_source_and_a_stream_that_is_closed_run_nothing_more(
