@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,10 @@ class UcbMaxProb(ExitRule):
             if len(values) != len(self.arms):
                 raise ValueError(f"{name}: expected {len(self.arms)} values (one per arm), got {len(values)}")
         super().__post_init__()
-        for value in self.overhead if isinstance(self.overhead, list | tuple) else [self.overhead]:
+        for name in ("arms", "overhead"):
+            if isinstance(given := getattr(self, name), list):  # the caller's, who may change it
+                object.__setattr__(self, name, tuple(given))
+        for value in self.overhead if isinstance(self.overhead, tuple) else [self.overhead]:
             check_number("overhead", value)
 
     @property
@@ -102,9 +105,6 @@ class UcbMaxProb(ExitRule):
             if len(state[name]) != len(values):
                 raise ValueError(f"{name}: expected {len(values)} values (one per arm), got {len(state[name])}")
             values[:] = state[name]
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"arms": list(self.arms)}
 
     def _choose(self) -> int:
         """Choose an arm for the next row and count it."""

@@ -86,6 +86,8 @@ class ExitRule:
             object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
         if self.compare not in COMPARISONS:
             raise ValueError(f"compare: expected one of {COMPARISONS}, got {self.compare!r}")
+        if isinstance(self.threshold, list):  # the caller's, who may change it
+            object.__setattr__(self, self.threshold_name, tuple(self.threshold))
         numbers = _numbers(self.threshold_name, self.threshold)
         if not numbers:
             raise ValueError(f"{self.threshold_name}: expected a number or one number per exit, got an empty sequence")

@@ -354,6 +354,23 @@ def test_a_machine_without_cuda_says_so(device: str, monkeypatch: pytest.MonkeyP
         fast_model(device=device)
 
 
+@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("number", [1e39, -1e39])
+def test_thresholds_beyond_fp32_are_as_good_as_infinite(number: float, impl: str) -> None:
+    model = tiny_deebert()
+    model.rule = rx.Entropy(number)
+    expected = reference(model, **inputs())
+    assert set(expected.exit_layer.tolist()) == {1 if number > 0 else 4}
+    assert_same_answers(rx.accelerate(model, impl=impl)(**inputs()), expected)
+
+
+def test_a_rule_in_a_snapshot_does_not_change_with_the_callers_list() -> None:
+    thresholds = [-1.0] * 4
+    fast = fast_model(threshold=thresholds)
+    thresholds[0] = 10.0
+    assert set(fast(**inputs()).exit_layer.tolist()) == {4}
+
+
 def test_patience_has_no_threshold_to_set() -> None:
     with pytest.raises(ValueError, match=r"threshold: the rule Patience has no such field; it has .*patience"):
         rx.accelerate(tiny_deebert(rule=rx.Patience(2)), threshold=0.1)

@@ -130,6 +130,13 @@ def test_row_state_at_the_start():
         assert rule.initial_state(4, torch.device("cpu")) == {}
 
 
+def test_a_rule_keeps_the_numbers_that_it_was_given():
+    given = [0.1, 0.2]
+    rules = (Entropy(given), Patience([2, 3]), UcbMaxProb(given, overhead=given))
+    given[0] = 9.0
+    assert rules[0].threshold == rules[2].arms == rules[2].overhead == (0.1, 0.2) and rules[1].patience == (2, 3)
+
+
 def test_rules_are_values():
     assert Entropy(0.1) == Entropy(0.1) != Entropy(0.2)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -185,6 +186,8 @@ def _constant(value: float, device: torch.device, stream: int) -> Tensor:
 
 
 def _filled(value: float, device: torch.device) -> Tensor:
+    if abs(value) > torch.finfo(torch.float32).max:  # no score is beyond, and torch refuses it
+        value = math.copysign(math.inf, value)
     return torch.full((1,), value, dtype=torch.float32, device=device)  # filled there: no copy to wait for
 
 
