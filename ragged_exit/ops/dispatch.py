@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from pathlib import Path
@@ -57,6 +58,11 @@ def _native_available() -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result  # nor into this
+def _triton_available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def resolve_impl(impl: str | None, device: torch.device) -> str:
     """ "reference", "native" or "triton" for a request and the device that the tensors live on.
 
@@ -67,14 +73,16 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "auto":
-        if device.type == "cuda":
-            return "triton"
-        return "native" if device.type == "cpu" and native_available() else "reference"
+        if device.type != "cuda":
+            return "native" if device.type == "cpu" and native_available() else "reference"
+        impl = "triton"
     if impl == "native":
         if device.type != "cpu":
             raise ValueError(f'impl: "native" runs on the CPU, and the tensors are on {device}')
         if not native_available():
             raise RuntimeError('impl: "native" was asked for, and the C++ extension is not built')
+    if impl == "triton" and not _triton_available():
+        raise RuntimeError('impl: "triton", which a GPU takes by itself, needs the triton package')
     if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError('impl: "triton" on a CPU needs TRITON_INTERPRET=1 in the environment (the interpreter)')
     return impl

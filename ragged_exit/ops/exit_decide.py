@@ -10,7 +10,7 @@ from torch import Tensor
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.ops.common import ExitTensors, new_exit_tensors
 from ragged_exit.ops.dispatch import implementation, resolve_impl
-from ragged_exit.ops.exit_step import ExitDecision, check_classes, decision, row_threshold, rule_state
+from ragged_exit.ops.exit_step import ExitDecision, check_classes, check_rows, decision, row_threshold, rule_state
 from ragged_exit.ops.registration import registered
 from ragged_exit.rules import ExitRule, ScoreSpec
 
@@ -30,8 +30,10 @@ def exit_decide(
     signal: f32, what the rule needs besides: ``[Bcap]`` uncertainty (sigmoid applied), or ``[Bcap, C]`` cosine
     distances to the class prototypes.
 
-    Raises ValueError naming the argument: logits of another row count or device, a missing or misshapen signal.
+    Raises ValueError naming the argument: no rows, logits of another row count or device, a missing or misshapen
+    signal.
     """
+    check_rows(batch)
     rows = batch.row_capacity
     if logits.ndim != 2 or logits.shape[0] != rows or not logits.is_floating_point():
         raise ValueError(f"logits: expected float [{rows}, C], got {logits.dtype} {list(logits.shape)}")

@@ -56,9 +56,10 @@ def exit_step(
     The threshold of a row is ``batch.state["threshold"]`` where present, else ``rule.threshold_at(exit_index)``. A NaN
     score never leaves early; with ``final`` every live row leaves. ``impl``: see ``resolve_impl``.
 
-    Raises ValueError/TypeError naming the argument: no hidden states, a head of another width, dtype or device, a rule
-    that needs what the head does not offer, missing row state.
+    Raises ValueError/TypeError naming the argument: no rows, no hidden states, a head of another width, dtype or
+    device, a rule that needs what the head does not offer, missing row state.
     """
+    check_rows(batch)
     if batch.hidden is None:
         raise ValueError("batch: expected hidden states [Tcap, H], got a batch before its embeddings")
     hidden = batch.hidden
@@ -210,6 +211,11 @@ def _row_state(batch: RaggedBatch, name: str, dtype: torch.dtype) -> Tensor:
             f"got {value.dtype} {list(value.shape)} on {value.device}"
         )
     return value
+
+
+def check_rows(batch: RaggedBatch) -> None:
+    if not batch.row_capacity:
+        raise ValueError("batch: expected at least one row, got none")
 
 
 def check_classes(rule: ExitRule, num_labels: int) -> None:

@@ -17,7 +17,7 @@ from op_cases import INTERPRETED, check_step, has_ties, step_cases
 
 from ragged_exit.batch import RaggedBatch
 from ragged_exit.heads import MlpHead
-from ragged_exit.ops import ExitDecision, exit_step
+from ragged_exit.ops import ExitDecision, exit_decide, exit_step
 from ragged_exit.ops.exit_step import packed_for
 from ragged_exit.ops.reference.exit import mean_rows
 from ragged_exit.rules import (
@@ -405,6 +405,12 @@ def test_errors_name_the_argument(impl, device):
     entropy = Entropy(0.4)
     with pytest.raises(ValueError, match="batch: expected hidden states"):
         exit_step(RaggedBatch.from_seqlens(torch.tensor([1]), device), head, entropy, impl=impl)
+    nothing = torch.zeros(3, dtype=torch.int32, device=device)
+    empty = dataclasses.replace(batch, cu_seqlens=nothing[:1], live=nothing[:2], sample_ids=batch.sample_ids[:0])
+    with pytest.raises(ValueError, match="batch: expected at least one row, got none"):
+        exit_step(empty, head, entropy, impl=impl)
+    with pytest.raises(ValueError, match="batch: expected at least one row, got none"):
+        exit_decide(empty, torch.zeros(0, 3, device=device), entropy, impl=impl)
     with pytest.raises(ValueError, match=r"head: expected hidden size 12, got 11"):
         exit_step(batch, random_head(11, 3, seeded(1), device=device), entropy, impl=impl)
     with pytest.raises(TypeError, match="head: expected the dtype of hidden"):

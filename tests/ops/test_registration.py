@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -261,6 +262,14 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
             call()
     with pytest.raises(ValueError, match='"native" runs on the CPU'):
         resolve_impl("native", torch.device("cuda"))
+
+
+def test_a_gpu_without_triton_says_so_at_once(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for impl in (None, "auto", "triton"):
+        with pytest.raises(RuntimeError, match='impl: "triton", which a GPU takes by itself, needs the triton package'):
+            resolve_impl(impl, torch.device("cuda"))
+    assert resolve_impl("reference", torch.device("cuda")) == "reference"
 
 
 def test_the_choice_reaches_the_implementation(monkeypatch):
