@@ -142,16 +142,7 @@ class RaggedBatch:
             if value is not None and value.device != input_ids.device:
                 raise ValueError(f"{name}: expected the device of input_ids, {input_ids.device}, got {value.device}")
         batch, width = input_ids.shape
-        if attention_mask is None:
-            keep = torch.ones_like(input_ids, dtype=torch.bool)
-        else:
-            keep = attention_mask == 1
-            if not bool((keep | (attention_mask == 0)).all()):
-                raise ValueError("attention_mask: expected only 0 and 1, got other values")
-        seqlens = keep.sum(1, dtype=torch.int32).cpu()
-        if bool((seqlens == 0).any()):
-            row = int((seqlens == 0).nonzero()[0])
-            raise ValueError(f"attention_mask: row {row} has no tokens; expected at least one")
+        keep, seqlens = kept_tokens(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         if position_ids is None:
             if padding_idx is None:
                 position_ids = torch.arange(width, device=input_ids.device).expand(batch, width)
@@ -314,3 +305,18 @@ def check_inputs(input_ids: Tensor, **beside: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: expected the shape of input_ids {list(input_ids.shape)}, got {list(value.shape)}"
             )
+
+
+def kept_tokens(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """bool ``[B, S]``, and how many in each row, int32 ``[B]`` on the host.
+
+    Raises ValueError for values other than 0 and 1, and for a row without tokens.
+    """
+    keep = attention_mask == 1
+    if not bool((keep | (attention_mask == 0)).all()):
+        raise ValueError("attention_mask: expected only 0 and 1, got other values")
+    seqlens = keep.sum(1, dtype=torch.int32).cpu()
+    if bool((seqlens == 0).any()):
+        row = int((seqlens == 0).nonzero()[0])
+        raise ValueError(f"attention_mask: row {row} has no tokens; expected at least one")
+    return keep, seqlens

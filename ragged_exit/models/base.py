@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from ragged_exit.batch import check_inputs
+from ragged_exit.batch import check_inputs, kept_tokens
 from ragged_exit.encoder import PackedEncoder
 from ragged_exit.executor import Lesson, Stage
 from ragged_exit.heads import HeadOutput
@@ -141,6 +141,8 @@ class EarlyExitModel(nn.Module):
         check_inputs(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         input_ids, attention_mask, token_type_ids = self.prepare(input_ids, attention_mask, token_type_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if attention_mask.device.type == "cpu":  # elsewhere the host would wait for the answer
+            kept_tokens(attention_mask)
         points = self.exit_points(input_ids, attention_mask, token_type_ids)
         if self.training:
             loss = None if labels is None else self.training_loss(points, labels)

@@ -287,3 +287,11 @@ def test_what_cannot_work_is_said_at_once(make: Any, message: str) -> None:
 
 def _plain(**changes: Any) -> rx.FullDepth:
     return rx.FullDepth(config_of("bert", **changes))
+
+
+@pytest.mark.parametrize(("mask", "message"), [([1, 2], "expected only 0 and 1"), ([0, 0], "row 1 has no tokens")])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_mask_that_the_accelerated_model_refuses_is_refused(train: bool, mask: list[int], message: str) -> None:
+    model = tiny_deebert().train(train)
+    with pytest.raises(ValueError, match=f"attention_mask: {message}"):
+        model(torch.tensor([[5, 6], [5, 6]]), torch.tensor([[1, 1], mask]))
