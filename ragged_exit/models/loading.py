@@ -14,18 +14,20 @@ from ragged_exit.models.published import detect_layout, rename_keys, with_archit
 NOT_SUPPORTED = {"GPFEE": r"pred_layer\.", "ConsistentEE": r"Policy_network\."}
 
 
-def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
+def load(directory: str | Path, *, dialect: str | None = None) -> EarlyExitModel:
     """Load a checkpoint directory: ``config.json`` beside ``model.safetensors`` or ``pytorch_model.bin``.
 
     The system comes from config.json's ``early_exit`` section, or for published files from their keys; these get the
-    original code's behaviour, with the entropy formula of ``dialect`` ("hf" or "castorini").
+    original code's behaviour, with the entropy formula of ``dialect`` ("hf", the default, or "castorini").
 
     Raises FileNotFoundError for a file that is not there, ValueError for a file that is broken, an unknown system or
-    layout, and for missing or unexpected keys (all listed).
+    layout, for missing or unexpected keys (all listed), and for a ``dialect`` where the checkpoint has its own rule.
     """
     path = Path(directory)
     saved = read_config(path)
     if saved.get("early_exit") is not None:
+        if dialect is not None:
+            raise ValueError(f"dialect: expected None for {path}, whose config.json holds its rule, got {dialect!r}")
         return read_own(path, saved)
     state = read_state(path)
     layout = detect_layout(state)
@@ -36,7 +38,9 @@ def load(directory: str | Path, *, dialect: str = "hf") -> EarlyExitModel:
         raise ValueError(f"{path}: no early_exit section in config.json, and the keys fit no published layout")
     renamed = rename_keys(state, layout.renames)
     try:
-        model = layout.build(with_architecture(saved, state), renamed, dialect).float()  # whatever torch's default
+        model = layout.build(
+            with_architecture(saved, state), renamed, dialect or "hf"
+        ).float()  # whatever torch's default
     except KeyError as error:
         raise ValueError(f"{path}: looks like {layout.system}, but the key {error} is missing") from error
     load_strictly(model, renamed, path)

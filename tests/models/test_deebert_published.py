@@ -346,6 +346,9 @@ def test_load_errors(tmp_path: Path) -> None:
     state, config = to_published(source, "bert"), config_dict(source)
     with pytest.raises(ValueError, match="dialect"):
         rx.load(write(tmp_path / "dialect", state, config), dialect="nats")
+    source.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"dialect: expected None for .*ours, whose config.json holds its rule"):
+        rx.load(tmp_path / "ours", dialect="castorini")
 
 
 class Trap:
