@@ -45,8 +45,8 @@ def accelerate(
     holds a snapshot of the weights and the rule; ``refresh()`` reads them again. Nothing is patched.
 
     Raises TypeError when ``model`` is no early-exit model, ``rule`` no rule or ``dtype`` no torch.dtype; ValueError for
-    a field that the rule does not have, thresholds of another number than exits, CUDA without a GPU, a dtype that the
-    device cannot run, a weight that is sharded or quantised, or a module in place of a linear, an embedding or a
+    a field that the rule does not have, thresholds of another number than exits, a device that is not here, a dtype
+    that it cannot run, a weight that is sharded or quantised, or a module in place of a linear, an embedding or a
     LayerNorm that does more with its weight, as an adapter's; and for what ``backbone_weights`` refuses.
     """
     if not isinstance(model, EarlyExitModel):
@@ -58,7 +58,10 @@ def accelerate(
     }
     if rule is not None and changes:
         raise ValueError(f"rule: give either a rule or {sorted(changes)}, not both")
-    device = model.device if device is None else torch.device(device)
+    try:
+        device = model.device if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a torch.device or its name, got {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected one that torch finds here, got {device} and no CUDA device")
     if device.type == "cuda" and device.index is None:  # which one is told once: later another may be the current one

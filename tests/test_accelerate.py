@@ -339,6 +339,8 @@ def test_bad_input_is_named_where_segments_are_read(
         ({"dtype": "float32"}, TypeError, "dtype: expected a torch.dtype, got 'float32'"),
         ({"dtype": torch.float64}, ValueError, "dtype: expected float32, bfloat16 or"),
         ({"dtype": torch.int64}, ValueError, "dtype: expected float32, bfloat16 or"),
+        ({"device": "gpu"}, ValueError, r"device: expected a torch\.device or its name, got 'gpu'"),
+        ({"device": 1.5}, ValueError, r"device: expected a torch\.device or its name, got 1\.5"),
     ],
     ids=str,
 )
