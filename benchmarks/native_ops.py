@@ -198,7 +198,8 @@ def linears(repeats: int) -> Iterator[Row]:
                 x, added = torch.randn(tokens, inner).to(dtype), torch.randn(tokens, outer).to(dtype)
 
                 def ours(x=x, weights=weights, added=added, finish=finish) -> Tensor:
-                    return native.packed_linear(x, *weights, added if finish == "residual" else None, finish == "gelu")
+                    residual, activation = (added, "") if finish == "residual" else (None, finish)
+                    return native.packed_linear(x, *weights, residual, activation)
 
                 def theirs(x=x, packed=packed, bias=bias, added=added, finish=finish) -> Tensor:
                     if finish == "residual":

@@ -95,6 +95,10 @@ void bind_linear(Address x, Address weights, Address bias, Address residual, Add
             outputs, x_stride, outputs, gelu, bf16, threads});
 }
 
+void bind_activate(Address x, int64_t n, int activation, bool bf16, int threads) {
+    kernels().activate(at<void>(x), n, static_cast<Activation>(activation), bf16, threads);
+}
+
 // weights: of qkv, attention_output, attention_norm, feed_forward_up, feed_forward_down, output_norm, with a bias each.
 void bind_layer(Address hidden, Address means, Address cu_seqlens, const std::array<Address, 12>& weights, int64_t rows,
                 int64_t tokens, int64_t width, int64_t heads, int64_t inner, float eps, bool uer, bool bf16, int threads) {
@@ -218,6 +222,7 @@ PYBIND11_MODULE(_native, module) {
     module.attr("tiles_available") = tiles_available();
     module.attr("linears_available") = std::make_tuple(linears_available(false), linears_available(true));
     module.def("linear", bind_linear, without_gil);
+    module.def("activate", bind_activate, without_gil);
     module.def("layer", bind_layer, without_gil);
     module.def("take_layer_seconds", [] {
         const LayerSeconds taken = take_layer_seconds();

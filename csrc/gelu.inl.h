@@ -1,4 +1,4 @@
-// GELU for every lane, to the precision of the type that follows.
+// GELU for every lane, to the precision of the type that follows, and what resembles it.
 
 namespace ragged_exit {
 namespace RX_ISA {
@@ -34,6 +34,14 @@ RX_INLINE Vec gelu(Vec x, float) {
     p = fma(p, t, set1(1.700691595e-05f));
     return max(zero(), x) - size * (p * exp(size * size * set1(-0.5f)));
 }
+
+// The tanh form, x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + .044715 x^3), as x / (1 + exp(-2 u)).
+RX_INLINE Vec tanh_gelu(Vec x) {
+    const Vec twice = x * fma(x * x, set1(7.135481283e-02f), set1(1.595769122f));
+    return x / (set1(1.0f) + exp(zero() - twice));
+}
+
+RX_INLINE Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
 
 }  // namespace RX_ISA
 }  // namespace ragged_exit

@@ -43,6 +43,30 @@ void tanh_array(const float* x, float* y, int64_t n) {
     apply(x, y, n, [&](Vec value) { return tanh(value); });
 }
 
+template <typename T, typename F>
+RX_INLINE void activate_each(T* x, int64_t blocks, int threads, F f) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+        T* here = x + 32 * block;
+        for (int i = 0; i < 32; i += kWidth) store(here + i, f(load(here + i)));
+    }
+}
+template <typename T>
+void activate_of(T* x, int64_t blocks, Activation activation, int threads) {
+    switch (activation) {
+        case Activation::tanh_gelu: activate_each(x, blocks, threads, [&](Vec v) { return tanh_gelu(v); }); break;
+        case Activation::silu: activate_each(x, blocks, threads, [&](Vec v) { return silu(v); }); break;
+        case Activation::tanh: activate_each(x, blocks, threads, [&](Vec v) { return tanh(v); }); break;
+    }
+}
+void activate(void* x, int64_t n, Activation activation, bool bf16, int threads) {
+    if (bf16) {
+        activate_of(static_cast<Bf16*>(x), n / 32, activation, threads);
+    } else {
+        activate_of(static_cast<float*>(x), n / 32, activation, threads);
+    }
+}
+
 template <int VECS>
 constexpr LinearKernel float_linear() {
     if constexpr (VECS > 0) return linear_of<float, VECS>;
@@ -50,8 +74,9 @@ constexpr LinearKernel float_linear() {
 }
 
 extern const Kernels table;
-const Kernels table = {attention,   layer_norm,                  embed_layer_norm, mean_rows,  exit_step,
-                       exit_decide, float_linear<kLinearVecs>(), exp_array,        exp2_array, tanh_array};
+const Kernels table = {attention,   layer_norm,                  embed_layer_norm, mean_rows, exit_step,
+                       exit_decide, float_linear<kLinearVecs>(), activate,         exp_array, exp2_array,
+                       tanh_array};
 
 }  // namespace RX_ISA
 }  // namespace ragged_exit

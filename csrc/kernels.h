@@ -145,6 +145,9 @@ struct LinearArgs {
 };
 using LinearKernel = void (*)(const LinearArgs&);
 
+// What may follow a linear besides the GELU of its own, over all that it wrote.
+enum class Activation { tanh_gelu, silu, tanh };
+
 struct Kernels {
     void (*attention)(const AttentionArgs&);
     void (*layer_norm)(const LayerNormArgs&);
@@ -153,6 +156,7 @@ struct Kernels {
     void (*exit_step)(const HeadArgs&, const ExitArgs&);
     void (*exit_decide)(const DecideArgs&, const ExitArgs&);
     LinearKernel linear;  // in float, or null
+    void (*activate)(void* x, int64_t n, Activation activation, bool bf16, int threads);  // in place; n: 32, 64, ...
     // The functions of math.inl.h over arrays of n floats, for accuracy tests.
     void (*exp)(const float* x, float* y, int64_t n);
     void (*exp2)(const float* x, float* y, int64_t n);

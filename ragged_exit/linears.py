@@ -21,9 +21,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-# activations that each kind of linear has in its own pass; of oneDNN's: (attr, algorithm)
+# activations that come with each kind of linear: (its name there, or oneDNN's attr, and the algorithm)
 _FUSED: dict[str, dict[str, tuple[str, str]]] = {
-    "packed": {"gelu": ("", "")},
+    "packed": {
+        "gelu": ("gelu", ""),
+        "gelu_new": ("gelu_tanh", ""),
+        "gelu_pytorch_tanh": ("gelu_tanh", ""),
+        "silu": ("silu", ""),
+        "swish": ("silu", ""),
+        "tanh": ("tanh", ""),
+    },
     "onednn": {
         "gelu": ("gelu", "none"),
         "gelu_new": ("gelu", "tanh"),
@@ -87,7 +94,8 @@ class PackedLinear:
         if activation is not None and activation not in _FUSED[self.kind]:
             return _ACTIVATIONS[activation](self(x))
         if self.packed is not None:
-            return packed_linear(x, self.packed, gelu=activation is not None, impl="native")
+            name = "" if activation is None else _FUSED["packed"][activation][0]
+            return packed_linear(x, self.packed, activation=name, impl="native")
         if self.kind == "onednn":
             attr, algorithm = ("none", "") if activation is None else _FUSED["onednn"][activation]
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)

@@ -75,7 +75,7 @@ def make(
     pooling: str = "cls",
     rule: rx.ExitRule | None = None,
     dtype: torch.dtype = torch.float32,
-    **config: int,
+    **config: int | str,
 ) -> Case:
     """The default rule is an entropy whose threshold spreads the rows over the exits."""
     model = tiny_deebert(bert_config(max_position_embeddings=longest, **config), pooling=pooling)
@@ -125,6 +125,15 @@ def test_two_threads_change_no_bit(small: Case) -> None:
     with threads(2):
         for groups in regroupings(500, 6, seed=1):
             small.check([group for group in groups if len(group) > 10][:8])  # of all sizes, and not for long
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "tanh"])
+def test_three_threads_and_other_activations(activation: str) -> None:
+    """PyTorch cuts an activation's numbers into equal shares, of which a third may end anywhere in a row."""
+    case = make(60, 16, hidden_size=32, num_attention_heads=4, intermediate_size=992, hidden_act=activation)
+    with threads(3):
+        for groups in regroupings(60, 4, seed=5):
+            case.check([list(range(60)), *groups])
 
 
 def test_every_row_beside_every_number_of_neighbours(small: Case) -> None:

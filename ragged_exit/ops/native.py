@@ -18,6 +18,7 @@ from ragged_exit.rules import COMPARISONS, SCORES, ScoreSpec
 
 _POOLER_LAYOUT = FLOAT_TILES if _native.tiles_available else FLOAT_VECTORS  # poolers are packed in float32
 _SCORES = {score: index for index, score in enumerate(SCORES)}  # the order of enum Score in csrc/kernels.h
+_ACTIVATIONS = ("gelu_tanh", "silu", "tanh")  # as in enum Activation there
 _INT32_MAX = 2**31 - 1
 _COMPARISONS = {compare: index for index, compare in enumerate(COMPARISONS)}
 
@@ -87,7 +88,7 @@ def packed_linear(
     panels: Tensor,  # [N / 32, K / 32, parts, 2, 32 / of, 16, of]
     bias: Tensor,  # [N]
     residual: Tensor | None,  # [T, N]
-    gelu: bool,
+    activation: str,
 ) -> Tensor:
     is_bf16 = _check_dtype(x)
     x = _rows(x)
@@ -102,10 +103,13 @@ def packed_linear(
         *x.shape,
         bias.shape[0],
         x.stride(0),
-        gelu,
+        activation == "gelu",
         is_bf16,
         torch.get_num_threads(),
     )
+    if activation in _ACTIVATIONS:  # PyTorch's give other bits where a thread's share ends
+        which = _ACTIVATIONS.index(activation)
+        _native.activate(out.data_ptr(), out.numel(), which, is_bf16, torch.get_num_threads())
     return out
 
 

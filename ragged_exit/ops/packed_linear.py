@@ -19,6 +19,7 @@ from ragged_exit.ops.dispatch import implementation, native_available, resolve_i
 from ragged_exit.ops.registration import registered
 
 DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu", "tanh")
 _LAYOUTS: dict[tuple[int, ...], torch.dtype] = dict((FLOAT_VECTORS, HALF_VECTORS, FLOAT_TILES))
 
 
@@ -87,13 +88,19 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, tiles: bool | None = Non
 
 
 def packed_linear(
-    x: Tensor, weights: PackedWeights, *, gelu: bool = False, residual: Tensor | None = None, impl: str | None = None
+    x: Tensor,
+    weights: PackedWeights,
+    *,
+    activation: str = "",
+    residual: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """x W^T + b, through GELU or plus ``residual`` -> ``[T, N]`` in the dtype of the packed weight; sums in fp32.
+    """x W^T + b, through an activation or plus a residual -> ``[T, N]`` in the dtype of the packed weight; fp32 sums.
 
-    x: ``[T, K]``, residual: ``[T, N]``, in that dtype; no residual together with ``gelu``. In bfloat16 GELU is exact
-    within 5e-5, in float32 to its precision; on tiles a float32 infinity in ``x`` becomes NaN. A token's bits depend on
-    that token alone. impl: "native" needs ``linears_available``; "auto" is the reference without them.
+    x: ``[T, K]``, residual: ``[T, N]``, in that dtype; no residual beside an activation. activation: "gelu", in
+    bfloat16 exact within 5e-5, in float32 to its precision; or of the rounded sum "gelu_tanh" (its tanh form), "silu",
+    "tanh". On tiles a float32 infinity in ``x`` becomes NaN. A token's bits depend on that token alone. impl: "native"
+    needs ``linears_available``; "auto" is the reference without them.
 
     Raises ValueError/TypeError naming the argument that has another shape, dtype or device, or float32 weights that are
     packed for another processor; RuntimeError when "native" is asked for and this processor has no kernels for it.
@@ -103,9 +110,11 @@ def packed_linear(
     dtype = packed_dtype(weights)
     if x.ndim != 2 or x.shape[1] != steps * BLOCK:
         raise ValueError(f"x: expected [T, {steps * BLOCK}], got {list(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if residual is not None:
-        if gelu:
-            raise ValueError("residual: expected None together with gelu")
+        if activation:
+            raise ValueError("residual: expected None beside an activation")
         if residual.shape != (len(x), groups * BLOCK):
             raise ValueError(f"residual: expected {[len(x), groups * BLOCK]}, got {list(residual.shape)}")
     for name, value in (("x", x), ("residual", residual)):
@@ -115,7 +124,7 @@ def packed_linear(
             raise ValueError(f"{name}: expected a CPU tensor, got one on {value.device}")
         if value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} as the packed weight, got {value.dtype}")
-    return _packed_linear(x, *weights, residual, gelu, resolve_packed(impl, x.device, [weights]))
+    return _packed_linear(x, *weights, residual, activation, resolve_packed(impl, x.device, [weights]))
 
 
 def check_packed(name: str, weights: PackedWeights) -> None:
@@ -167,10 +176,12 @@ def _for_tiles(weights: PackedWeights) -> bool:
 
 
 @registered()
-def _packed_linear(x: Tensor, panels: Tensor, bias: Tensor, residual: Tensor | None, gelu: bool, impl: str) -> Tensor:
-    return implementation(impl).packed_linear(x, panels, bias, residual, gelu)
+def _packed_linear(
+    x: Tensor, panels: Tensor, bias: Tensor, residual: Tensor | None, activation: str, impl: str
+) -> Tensor:
+    return implementation(impl).packed_linear(x, panels, bias, residual, activation)
 
 
 @torch.library.register_fake("ragged_exit::packed_linear")
-def _(x: Tensor, panels: Tensor, bias: Tensor, residual: Tensor | None, gelu: bool, impl: str) -> Tensor:
+def _(x: Tensor, panels: Tensor, bias: Tensor, residual: Tensor | None, activation: str, impl: str) -> Tensor:
     return x.new_empty(x.shape[0], bias.shape[0])

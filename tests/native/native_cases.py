@@ -19,6 +19,7 @@ from ragged_exit.ops import (
     packed_linear,
     reference,
 )
+from ragged_exit.ops.reference.packed_linear import ACTIVATIONS
 from ragged_exit.rules import DistanceEntropy, Energy, Entropy, MaxProb, Patience
 from ragged_exit.testing import assert_error_budget, assert_same_values
 
@@ -109,8 +110,9 @@ def check_all_ops(dtype: torch.dtype) -> None:
         )
         weights, wide = pack_linear(weight, bias), F.linear(x.double(), weight.double(), bias.double())
         scale = inputs**0.5
-        close(native.packed_linear(x, *weights, None, True) / scale, F.gelu(wide) / scale, tolerance)
-        close(native.packed_linear(x, *weights, residual, False) / scale, (wide + residual) / scale, tolerance)
+        for activation, function in ACTIVATIONS.items():
+            close(native.packed_linear(x, *weights, None, activation) / scale, function(wide) / scale, tolerance)
+        close(native.packed_linear(x, *weights, residual, "") / scale, (wide + residual) / scale, tolerance)
     for width, pooled, classes, rows in ((32, 40, 2, 33), (50, 33, 3, 1), (19, 7, 40, 20)):
         cu_seqlens, live = plan([1 + i % 4 for i in range(rows)])
         hidden = torch.randn(int(live[1]), width).to(dtype)
@@ -143,9 +145,11 @@ def check_without_tokens(dtype: torch.dtype) -> None:
             assert native.varlen_attention(q, q, q, cu_seqlens, 3, 0.2).shape == q.shape
     if not linears_available(dtype):
         return
-    for gelu, residual in ((False, None), (True, None), (False, torch.empty(0, 96, dtype=dtype))):
+    added = torch.empty(0, 96, dtype=dtype)
+    for activation, residual in (*((name, None) for name in ACTIVATIONS), ("", added)):
         weights = pack_linear(torch.randn(96, 64).to(dtype), None)
-        out = packed_linear(torch.empty(0, 64, dtype=dtype), weights, gelu=gelu, residual=residual, impl="native")
+        x = torch.empty(0, 64, dtype=dtype)
+        out = packed_linear(x, weights, activation=activation, residual=residual, impl="native")
         assert out.shape == (0, 96) and out.dtype == dtype
     norm = LayerNormWeights(*torch.ones(2, 64, dtype=dtype))
     qkv, output, up, down = (

@@ -112,7 +112,7 @@ def by_single_ops(x: Tensor, bounds: Tensor, layer: PackedLayer, heads: int) -> 
     x = add_layer_norm(
         packed_linear(context.view(x.shape), layer.attention_output, residual=x), None, *layer.attention_norm, EPS
     )
-    inner = packed_linear(x, layer.feed_forward_up, gelu=True)
+    inner = packed_linear(x, layer.feed_forward_up, activation="gelu")
     return add_layer_norm(packed_linear(inner, layer.feed_forward_down, residual=x), None, *layer.output_norm, EPS)
 
 

@@ -6,6 +6,7 @@ sums are rounded less often, also no more on average than PyTorch's.
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -22,7 +23,13 @@ from torch import Tensor
 from ragged_exit.ops import PackedWeights, fits_packing, linears_available, pack_linear, packed_linear, tiles_available
 from ragged_exit.testing import assert_error_budget, assert_same_values, seeded
 
-FINISHES = ("nothing", "gelu", "residual")
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+FINISHES = ("nothing", *ACTIVATIONS, "residual")
 
 
 def inputs(
@@ -38,13 +45,14 @@ def inputs(
 
 
 def finished(y: Tensor, finish: str, residual: Tensor) -> Tensor:
-    return F.gelu(y) if finish == "gelu" else y + residual if finish == "residual" else y
+    if finish in ACTIVATIONS:
+        return ACTIVATIONS[finish](y)
+    return y + residual if finish == "residual" else y
 
 
 def run(x: Tensor, weights: PackedWeights, finish: str, residual: Tensor, kernel: str) -> Tensor:
-    return packed_linear(
-        x, weights, gelu=finish == "gelu", residual=residual if finish == "residual" else None, impl=kernel
-    )
+    activation, added = ("", residual) if finish == "residual" else (finish if finish in ACTIVATIONS else "", None)
+    return packed_linear(x, weights, activation=activation, residual=added, impl=kernel)
 
 
 def check(
@@ -121,22 +129,22 @@ def test_float32_that_is_packed_for_another_processor_is_refused():
         packed_linear(x, pack_linear(weight, bias, tiles=not tiles_available()))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("kernel", "dtype"), PACKED_KERNELS)
-def test_gelu_over_its_whole_range(kernel, dtype):
+def test_activations_over_their_whole_range(kernel, dtype, activation):
     """One input per value, so that the error is the activation's alone; far out it is 0 or the value itself."""
     weight = torch.zeros(32, 32, dtype=dtype)
     weight[:, 0] = 1
     values = torch.cat([torch.linspace(-16, 16, 8001), torch.tensor([0.0, 100.0, -100.0, 1e30, -1e30])]).to(dtype)
     x = torch.zeros(len(values), 32, dtype=dtype)
     x[:, 0] = values
-    out = packed_linear(x, pack_linear(weight, None), gelu=True, impl=kernel)[:, 7].double()
-    expected = F.gelu(values.double())
+    out = packed_linear(x, pack_linear(weight, None), activation=activation, impl=kernel)[:, 7].double()
+    expected = ACTIVATIONS[activation](values.double())
     # PyTorch's own float32 GELU, the reference's, is within 1e-6
     absolute = 5e-5 if dtype == torch.bfloat16 else 3e-7 if kernel == "native" else 1e-6
     rounding = 2**-8 if dtype == torch.bfloat16 else 2**-22
     error = (out - expected).abs() - expected.abs() * rounding
     assert error.max() < absolute
-    assert out[-1].abs() < absolute
 
 
 @pytest.mark.parametrize("finish", FINISHES)
@@ -151,6 +159,8 @@ def test_nan_and_infinity_stay_in_their_token(kernel, finish, dtype):
         after = run(broken, weights, finish, residual, kernel)
         if math.isnan(bad) or (kernel == "native" and dtype == torch.float32 and tiles_available()):  # no parts
             assert after[33].isnan().all()
+        elif finish == "tanh":
+            assert (after[33][weight[:, 5] > 0] == 1).all()
         else:
             assert not after[33][weight[:, 5] > 0].isfinite().any()  # PyTorch's own gelu(inf) is NaN
         assert_same_values(after[:33], clean[:33])
@@ -252,8 +262,8 @@ def test_opcheck(kernel, dtype):
     weights = pack_linear(weight, bias)
     op = torch.ops.ragged_exit.packed_linear
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
-    for gelu, added in ((False, None), (True, None), (False, residual)):
-        found = torch.library.opcheck(op, (x, *weights, added, gelu, kernel), test_utils=checks)
+    for activation, added in (*((name, None) for name in ("", *ACTIVATIONS)), ("", residual)):
+        found = torch.library.opcheck(op, (x, *weights, added, activation, kernel), test_utils=checks)
         assert found == dict.fromkeys(checks, "SUCCESS")
 
 
@@ -278,8 +288,10 @@ def test_errors_name_the_argument(monkeypatch):
         packed_linear(x, weights, residual=residual[:4])
     with pytest.raises(TypeError, match=r"residual: expected torch\.bfloat16"):
         packed_linear(x, weights, residual=residual.float())
-    with pytest.raises(ValueError, match="residual: expected None together with gelu"):
-        packed_linear(x, weights, residual=residual, gelu=True)
+    with pytest.raises(ValueError, match="residual: expected None beside an activation"):
+        packed_linear(x, weights, residual=residual, activation="gelu")
+    with pytest.raises(ValueError, match=r"activation: expected one of .* got 'relu'"):
+        packed_linear(x, weights, activation="relu")
     panels, floats = weights
     for bad in (panels[..., :1], panels.float(), panels.transpose(-1, -2), panels[0], panels[:, :0], panels.to("meta")):
         with pytest.raises(ValueError, match="weights: expected panels as pack_linear makes them"):

@@ -25,11 +25,11 @@ def packed_layer(
     tokens = int(cu_seqlens[-1])
     x = hidden[:tokens]
     head_size = x.shape[1] // num_heads
-    q, k, v = packed_linear(x, *qkv, None, False).view(tokens, 3, num_heads, head_size).unbind(1)
+    q, k, v = packed_linear(x, *qkv, None, "").view(tokens, 3, num_heads, head_size).unbind(1)
     longest = int(cu_seqlens.diff().max())
     context = varlen_attention(q, k, v, cu_seqlens, longest, 1 / math.sqrt(head_size))
-    x = add_layer_norm(packed_linear(context.reshape(x.shape), *output, x, False), None, *norm, eps, kind)
-    inner = packed_linear(x, *up, None, True)
-    add_layer_norm(packed_linear(inner, *down, x, False), None, *last_norm, eps, kind, hidden[:tokens])
+    x = add_layer_norm(packed_linear(context.reshape(x.shape), *output, x, ""), None, *norm, eps, kind)
+    inner = packed_linear(x, *up, None, "gelu")
+    add_layer_norm(packed_linear(inner, *down, x, ""), None, *last_norm, eps, kind, hidden[:tokens])
     if means is not None:
         means.copy_(mean_rows(hidden, cu_seqlens))
