@@ -48,6 +48,25 @@ def test_answers_are_the_models(name, model, monkeypatch):
     assert torch.equal(answers.exit_layer, wanted.exit_layer) and not peer.exits
 
 
+def test_onnxruntime_fuses_the_attention_of_every_layer(model, monkeypatch):
+    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer", reason="onnxruntime is not installed")
+    real, fused = optimizer.optimize_model, []
+
+    def optimise(*arguments, **options):
+        graph = real(*arguments, **options)
+        fused.append(graph.get_fused_operator_statistics())
+        return graph
+
+    monkeypatch.setattr(optimizer, "optimize_model", optimise)
+    build = BUILDERS["onnxruntime_sorted"]
+    build(model, torch.float32, 1)
+    assert fused[0]["Attention"] == 2 and fused[0]["EmbedLayerNormalization"] == 1
+    assert model.config._attn_implementation == "sdpa"  # other contenders run it
+    monkeypatch.setattr(type(model.backbone), "set_attn_implementation", lambda *_: None)
+    with pytest.raises(RuntimeError, match="expected fused attention in 2 layers, got 0"):
+        build(model, torch.float32, 1)
+
+
 def test_token_types_are_refused(model, monkeypatch):
     monkeypatch.setattr(peers_module, "BUILDERS", {"stub": lambda *_: lambda ids, mask: torch.zeros(len(ids), 3)})
     ((peer,), _) = peers(model, torch.float32, threads=1)
