@@ -17,7 +17,7 @@ from ragged_exit.bench.contenders import ROW_BATCHES, Contender, PaddedForward, 
 from ragged_exit.models.deebert import DeeBert
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, S] -> logits [B, C]
-EXAMPLE = (4, 16)  # rows and tokens that exports trace with
+INPUTS = ("input_ids", "attention_mask")
 
 
 def peers(model: DeeBert, dtype: torch.dtype, threads: int) -> tuple[list[Contender], dict[str, str]]:
@@ -121,10 +121,11 @@ def _openvino(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
     """OpenVINO with dynamic shapes, one stream for latency."""
     import openvino
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        _export(model, path)
-        graph = openvino.convert_model(str(path))
+    graph = openvino.convert_model(  # not of ONNX, in which it does not recognise the attention
+        _FullDepth(copy.deepcopy(model)).eval(),
+        example_input=_example(),
+        input=[(name, openvino.PartialShape([-1, -1]), openvino.Type.i64) for name in INPUTS],
+    )
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
@@ -134,7 +135,7 @@ def _openvino(model: DeeBert, dtype: torch.dtype, threads: int) -> Forward:
     compiled = openvino.Core().compile_model(graph, "CPU", settings)
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        result = compiled({"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})
+        result = compiled([input_ids.numpy(), attention_mask.numpy()])
         return torch.from_numpy(np.array(result[0]))
 
     return forward
@@ -172,17 +173,23 @@ def _words(count: int) -> list[str]:
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(5, count))]
 
 
+def _example() -> tuple[Tensor, Tensor]:
+    """What exports trace with, in the order of ``INPUTS``."""
+    ids = torch.ones(4, 16, dtype=torch.int64)
+    return ids, torch.ones_like(ids)
+
+
 def _export(model: DeeBert, path: Path) -> None:
     """As ONNX with eager attention: its optimiser knows that graph, not scaled_dot_product_attention's."""
     model = copy.deepcopy(model)
-    model.backbone.set_attn_implementation("eager")
-    ids = torch.ones(EXAMPLE, dtype=torch.int64)
-    axes = {name: {0: "rows", 1: "tokens"} for name in ("input_ids", "attention_mask")}
+    backbone: Any = model.backbone
+    backbone.set_attn_implementation("eager")
+    axes = {name: {0: "rows", 1: "tokens"} for name in INPUTS}
     torch.onnx.export(
         _FullDepth(model).eval(),
-        (ids, torch.ones_like(ids)),
+        _example(),
         str(path),
-        input_names=["input_ids", "attention_mask"],
+        input_names=list(INPUTS),
         output_names=["logits"],
         dynamic_axes={**axes, "logits": {0: "rows"}},
         opset_version=17,

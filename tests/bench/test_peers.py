@@ -67,6 +67,21 @@ def test_onnxruntime_fuses_the_attention_of_every_layer(model, monkeypatch):
         build(model, torch.float32, 1)
 
 
+def test_openvinos_attention_is_one_operation(model, monkeypatch):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    compiled = []
+
+    class Core(openvino.Core):
+        def compile_model(self, *arguments):
+            compiled.append(super().compile_model(*arguments))
+            return compiled[-1]
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    BUILDERS["openvino_sorted"](model, torch.float32, 1)
+    kinds = {op.get_rt_info()["layerType"].value for op in compiled[0].get_runtime_model().get_ops()}
+    assert "Subgraph" in kinds and kinds.isdisjoint({"MatMul", "Softmax"})  # what attention consists of otherwise
+
+
 def test_token_types_are_refused(model, monkeypatch):
     monkeypatch.setattr(peers_module, "BUILDERS", {"stub": lambda *_: lambda ids, mask: torch.zeros(len(ids), 3)})
     ((peer,), _) = peers(model, torch.float32, threads=1)
