@@ -24,7 +24,7 @@ from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import token_budget_batches
 
-ROW_BATCHES = (4, 8, 16, 32, 64, 128)  # long rows are fastest a few at a time: less is padded
+ROW_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # long rows are fastest one at a time: nothing is padded
 TOKEN_BUDGETS = (8192, 16384, 32768)
 TUNING_ROWS = 256  # fill several padded batches
 PADDED_ROWS = 384  # slow, and in arrival order: a sample tells its rate

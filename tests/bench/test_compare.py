@@ -13,7 +13,7 @@ from transformers import AlbertConfig, BertConfig, DistilBertConfig, ElectraConf
 import ragged_exit as rx
 from ragged_exit.bench import measure as measuring
 from ragged_exit.bench.compare import compare
-from ragged_exit.bench.contenders import Answers, contenders, with_prepacked_linears
+from ragged_exit.bench.contenders import ROW_BATCHES, Answers, Contender, contenders, with_prepacked_linears
 from ragged_exit.bench.synthetic import uniform_exits
 from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.exit_table import exit_table
@@ -223,6 +223,26 @@ def test_who_loses_rows_is_not_measured(model, rule, kept):
                 dtype=torch.float32,
             )
         assert len(runs) == honest + 1
+
+
+@pytest.mark.parametrize("best", [1, 2, 32, 128])
+def test_padded_contenders_run_at_their_best_size(monkeypatch, best):
+    """A clock that counts what each size is said to take; the best one's first timing is a slow one."""
+    clock, runs = 0.0, []
+
+    def run(rows: Workload, size: int) -> Answers:
+        nonlocal clock
+        first = runs.count(size) < 2  # the warm-up and one timing
+        clock += max(size / best, best / size) ** 0.25 + (0.2 if first and size == best else 0)
+        runs.append(size)
+        return Answers(torch.zeros(len(rows), 2), torch.ones(len(rows), dtype=torch.int64))
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock)
+    contender = Contender("padded_sorted", run, ROW_BATCHES, exits=False)
+    assert measuring._best_size(contender, lambda number: workload(4, number)) == best
+    assert {size for size in ROW_BATCHES if runs.count(size) == 3} == {
+        size for size in ROW_BATCHES if best / 4 <= size <= 4 * best
+    }
 
 
 def test_few_rows_inside_the_margin_may_leave_elsewhere(model, rule):
