@@ -23,9 +23,10 @@ import typer
 from rich.console import Console
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.check import Measured, references
 from ragged_exit.bench.contenders import Contender
-from ragged_exit.bench.gpu import CardReport, card_contenders, card_references, matrix_rate
-from ragged_exit.bench.measure import Measured, measure
+from ragged_exit.bench.gpu import CardReport, card_contenders, matrix_rate
+from ragged_exit.bench.measure import measure
 from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.report import workload_facts
 from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
@@ -79,7 +80,7 @@ def main(
         console.print(line, style="dim", soft_wrap=True)
 
     say("the reference model, row by row")
-    expected = card_references(model, on_card, rule, check_on)
+    expected = references(model, rule, check_on, on_card)
     rate = matrix_rate(place, precision, 8192 if place.type == "cuda" else 512)
 
     def report(measured: list[Measured]) -> CardReport:
@@ -93,7 +94,7 @@ def main(
             measured=measured,
             workload=facts | {"threshold": rule.to_dict()["threshold"]},
             rate=rate,
-            close=int(expected.close.sum()),
+            close=expected.close,
             failed=failed,
         )
 

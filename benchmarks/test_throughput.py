@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.check import Measured, References, check, references
 from ragged_exit.bench.contenders import Contender, contenders
 from ragged_exit.bench.environment import one_process_for_all
-from ragged_exit.bench.measure import Measured, References, check, references
 from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
 from ragged_exit.bench.workload import Workload
 from ragged_exit.calibration.exit_table import exit_table

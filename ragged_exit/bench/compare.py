@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ragged_exit.accelerate import accelerate
+from ragged_exit.bench.check import references
 from ragged_exit.bench.contenders import Contender, contenders
-from ragged_exit.bench.measure import measure, references
+from ragged_exit.bench.measure import measure
 from ragged_exit.bench.report import Report, workload_facts
 from ragged_exit.bench.roofline import linear_seconds
 from ragged_exit.bench.workload import Workload
@@ -44,8 +45,9 @@ def compare(
     more contenders; missing: those that could not be had, and why.
     """
     say("the reference model, row by row")
-    expected = references(model, rule, check_on.select(range(REFERENCE_ROWS)))
-    contestant = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    lower = None if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    expected = references(model, rule, check_on.select(range(REFERENCE_ROWS)), lower)
+    contestant = lower or model
     measured = measure(
         [*contenders(contestant, accelerate(model, rule=rule, dtype=dtype), batch_size=batch_size), *peers],
         check_on,

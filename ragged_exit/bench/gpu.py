@@ -16,26 +16,23 @@ from rich.table import Table
 from torch import Tensor
 
 from ragged_exit.accelerate import AcceleratedModel
+from ragged_exit.bench.check import Measured
 from ragged_exit.bench.contenders import (
     Answers,
     Contender,
     PaddedForward,
     Run,
-    exit_score,
     full_depth,
     full_depth_stage,
     padded_by,
     ragged,
 )
 from ragged_exit.bench.environment import environment, write_result
-from ragged_exit.bench.measure import MARGIN, Measured, References, references
 from ragged_exit.bench.report import contender_row, realised_over_ideal
 from ragged_exit.bench.workload import Workload
 from ragged_exit.executor import RaggedExecutor
 from ragged_exit.graphs import LayerGraphs
-from ragged_exit.models.base import ExitPoint
 from ragged_exit.models.deebert import DeeBert
-from ragged_exit.rules import ExitRule
 from ragged_exit.transfer import to_device
 
 ROW_BATCHES = (64, 256, 1024)
@@ -82,31 +79,6 @@ def _to_the_end(run: Run) -> Run:
         return Answers(answers.logits.cpu(), answers.exit_layer.cpu())
 
     return whole
-
-
-def card_references(model: DeeBert, on_card: DeeBert, rule: ExitRule, workload: Workload) -> References:
-    """``references``, where a row is close to another exit by what PyTorch itself is off on the card.
-
-    model: fp32 on the CPU, an exit at every layer. on_card: the same on the card, in the dtype that is measured. A
-    row's margin is four times the largest difference between its two scores at an exit; what comes after the exit where
-    it leaves is not asked.
-    """
-    expected = references(model, rule, workload)
-    close = []
-    for sequence, layer in zip(workload.sequences, expected.exits.exit_layer.tolist(), strict=True):
-        scores, others = (_scores(each, sequence, rule)[:-1] for each in (model, on_card))
-        thresholds = torch.tensor([rule.threshold_at(exit) for exit in range(len(scores))])
-        margin = max(MARGIN, 4 * float((scores - others).abs().max()))
-        close.append(bool(((scores - thresholds)[:layer].abs() <= margin).any()))
-    return replace(expected, close=torch.tensor(close))
-
-
-@torch.inference_mode()
-def _scores(model: DeeBert, sequence: Any, rule: ExitRule) -> Tensor:
-    """The rule's score at every exit, f32 ``[exits]`` on the CPU."""
-    ids = torch.tensor([list(sequence)], device=model.device)
-    points: list[ExitPoint] = model.exit_points(ids, torch.ones_like(ids), None)
-    return torch.cat([exit_score(point.output.logits.float().cpu(), rule) for point in points])
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ragged_exit.bench.check import Measured
 from ragged_exit.bench.environment import environment, write_result
-from ragged_exit.bench.measure import Measured
 from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.threshold import Point
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ragged_exit.accelerate import AcceleratedModel, accelerate
-from ragged_exit.bench.measure import MARGIN, MAX_LOGIT_ERROR
+from ragged_exit.bench.check import MARGIN, MAX_LOGIT_ERROR
 from ragged_exit.bench.quality.models import Study
 from ragged_exit.calibration.exit_table import ExitTable, exit_table
 from ragged_exit.calibration.metrics import (
