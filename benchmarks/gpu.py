@@ -115,6 +115,7 @@ def main(
         draw,
         repeats=repeats,
         dtype=precision,
+        config=model.config,
         on_step=say,
         on_known=known,
         on_error=give_up,

@@ -55,6 +55,7 @@ def compare(
         draw,
         repeats=repeats,
         dtype=dtype,
+        config=model.config,
         on_step=say,
     )
     ragged = next(item for item in measured if item.contender.name == "ragged")

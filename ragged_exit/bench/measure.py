@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from transformers import PretrainedConfig
 
 from ragged_exit.bench.check import Measured, References, check
 from ragged_exit.bench.contenders import Answers, Contender
-from ragged_exit.bench.workload import Workload
+from ragged_exit.bench.workload import Workload, padded_work
 
 NEAR = 1.25  # sizes that took so many times the fastest one's seconds are timed again
 
@@ -26,6 +27,7 @@ def measure(
     *,
     repeats: int,
     dtype: torch.dtype,
+    config: PretrainedConfig,
     on_step: Callable[[str], None] = lambda step: None,
     on_known: Callable[[list[Measured]], None] = lambda results: None,
     on_error: Callable[[Contender, Exception, list[float]], None] = _raise,
@@ -33,8 +35,10 @@ def measure(
     """Check every contender on ``check_on``, choose its batch size, then time all of them in turns.
 
     draw(number) gives workload ``number``: other rows in another order each time, so that each batch is seen once.
-    Numbers below 0 are for choosing sizes. on_known: told what is known after every check and every repeat. on_error:
-    told of a contender that raised, with its seconds till then; unless that raises, the others go on without it.
+    Numbers below 0 are for choosing sizes. config: the model's, to count the work by which a sample's seconds are
+    scaled; where its other rows leave is told by a contender of the same kind that answers all of them.
+    on_known: told what is known after every check and every repeat. on_error: told of a contender that raised, with its
+    seconds till then; unless that raises, the others go on without it.
     """
     results: list[Measured] = []
     for contender in contenders:
@@ -49,20 +53,43 @@ def measure(
         on_known(results)
     for repeat in range(repeats):
         workload = draw(repeat)
+        timed: dict[str, tuple[float, Answers]] = {}
         shift = repeat % max(1, len(results))  # nobody always runs first
         for measured in results[shift:] + results[:shift]:
             on_step(f"timing {measured.contender.name}, repeat {repeat + 1} of {repeats}")
             part = _limited(workload, measured.contender)
             try:
-                seconds, answers = _timed(measured.contender, part, measured.size)
+                timed[measured.contender.name] = _timed(measured.contender, part, measured.size)
             except Exception as error:
                 on_error(measured.contender, error, measured.seconds)
                 results = [item for item in results if item is not measured]
                 continue
-            measured.seconds.append(seconds * len(workload) / len(part))
-            measured.exit_layers.append(answers.exit_layer)
+        _add(results, timed, workload, config)
         on_known(results)
     return results
+
+
+def _add(
+    results: Sequence[Measured],
+    timed: Mapping[str, tuple[float, Answers]],
+    workload: Workload,
+    config: PretrainedConfig,
+) -> None:
+    """Add a repeat's exits and seconds: a sample's by the work of all rows over the work of the rows that it ran."""
+    all_rows: dict[bool, Answers] = {}  # of each kind's first, better one that matches
+    for measured in sorted(results, key=lambda item: not item.matches):
+        answers = timed[measured.contender.name][1]
+        if len(answers.logits) == len(workload):
+            all_rows.setdefault(measured.contender.exits, answers)
+    for measured in results:
+        seconds, answers = timed[measured.contender.name]
+        part = _limited(workload, measured.contender)
+        if len(part) < len(workload):
+            layers = all_rows[measured.contender.exits].exit_layer
+            seconds *= padded_work(config, workload, measured.size, layers)
+            seconds /= padded_work(config, part, measured.size, answers.exit_layer)
+        measured.seconds.append(seconds)
+        measured.exit_layers.append(answers.exit_layer)
 
 
 def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:

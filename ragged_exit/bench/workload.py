@@ -41,14 +41,15 @@ class Workload:
         """Layers that tokens ran through in all; executed_layers int64 ``[N]``."""
         return float((torch.tensor(self.lengths, dtype=torch.float64) * executed_layers).sum())
 
+    def padded_lengths(self, batch_size: int) -> list[int]:
+        """Of each row, the longest of its batch of ``batch_size`` in arrival order."""
+        lengths = self.lengths
+        batches = (lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size))
+        return [max(batch) for batch in batches for _ in batch]
+
     def padding_rate(self, batch_size: int = 32) -> float:
         """Share of padding in batches of ``batch_size`` in arrival order, each padded to its longest."""
-        lengths = self.lengths
-        padded = sum(
-            max(lengths[start : start + batch_size]) * len(lengths[start : start + batch_size])
-            for start in range(0, len(lengths), batch_size)
-        )
-        return 1 - sum(lengths) / padded
+        return 1 - sum(self.lengths) / sum(self.padded_lengths(batch_size))
 
 
 def layer_sizes(config: PretrainedConfig) -> tuple[int, int]:
@@ -60,6 +61,12 @@ def layer_flops(config: PretrainedConfig, tokens: Tensor) -> Tensor:
     """FLOPs of one layer per row: 2 t (4 H^2 + 2 H F) + 4 t^2 H; tokens float64 ``[N]``."""
     hidden, inner = layer_sizes(config)
     return 2 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4 * tokens**2 * hidden
+
+
+def padded_work(config: PretrainedConfig, workload: Workload, batch_size: int, executed_layers: Tensor) -> float:
+    """FLOPs of the executed layers (int64 ``[N]``) in batches of ``batch_size`` in arrival order, padding included."""
+    tokens = torch.tensor(workload.padded_lengths(batch_size), dtype=torch.float64)
+    return float((layer_flops(config, tokens) * executed_layers).sum())
 
 
 def work(config: PretrainedConfig, lengths: Sequence[int], executed_layers: Tensor, evaluated_exits: Tensor) -> float:

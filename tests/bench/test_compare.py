@@ -202,6 +202,39 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     assert not verdict(Answers(nothing, other))
 
 
+def test_a_sample_is_scaled_by_its_work(model, rule, monkeypatch):
+    """A clock that counts padded FLOPs of executed layers; the sampled rows are the short ones."""
+    clock = 0.0
+    found = {contender.name: contender for contender in contenders(model, rx.accelerate(model, rule=rule))}
+
+    def drawn(number: int) -> Workload:
+        rows = workload(40, 100 + number)
+        return Workload(sorted(rows.sequences, key=len))
+
+    def by_work(name: str, batch_size: int, rows: int | None) -> Contender:
+        def run(part: Workload, size: int) -> Answers:
+            nonlocal clock
+            answers = found[name].run(part, 8)
+            for row, layers in enumerate(answers.exit_layer.tolist()):
+                first = row - row % batch_size
+                tokens = max(part.lengths[first : first + batch_size])
+                clock += layers * (2 * tokens * (4 * 32**2 + 2 * 32 * 48) + 4 * tokens**2 * 32)
+            return answers
+
+        return replace(found[name], run=run, sizes=(batch_size,), rows=rows)
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock)
+    checked = workload(10, 5)
+    for name, size, whole in (("padded", 8, "padded_sorted"), ("batch1", 1, "padded_exit")):
+        sample, all_rows = by_work(name, size, 16), by_work(whole, size, None)
+        for order in ((sample, all_rows), (all_rows, sample)):
+            measured = measuring.measure(
+                order, checked, checking.references(model, rule, checked), drawn, repeats=2, dtype=torch.float32,
+                config=model.config,
+            )  # fmt: skip
+            assert measured[0].seconds == pytest.approx(measured[1].seconds)
+
+
 @pytest.mark.parametrize("kept", [0, 20, 60])
 def test_who_loses_rows_is_not_measured(model, rule, kept):
     """Or repeats them; in the rows that are checked, or only in those that are timed."""
@@ -227,6 +260,7 @@ def test_who_loses_rows_is_not_measured(model, rule, kept):
                 lambda number: workload(30, 6 + number),
                 repeats=1,
                 dtype=torch.float32,
+                config=model.config,
             )
         assert len(runs) == honest + 1
 
