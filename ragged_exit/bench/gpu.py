@@ -182,7 +182,8 @@ class CardReport:
             table.add_column(column, justify="left" if column in ("contender", "answers") else "right")
         for item in self.measured:
             row = self._row(item)
-            verdict = "match" if item.matches else f"[red]DIFFER: {item.wrong_exits} exits[/red]"
+            when = " when timed" if item.differs_when_timed else f": {item.wrong_exits} exits"
+            verdict = "match" if item.matches else f"[red]DIFFER{when}[/red]"
             table.add_row(
                 row["name"],
                 _shown(row.get("sequences_per_second"), "{:,.0f}"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PretrainedConfig
 
-from ragged_exit.bench.check import Measured, References, check
+from ragged_exit.bench.check import Measured, References, check, check_timed
 from ragged_exit.bench.contenders import Answers, Contender
 from ragged_exit.bench.workload import Workload, padded_work
 
@@ -33,6 +33,8 @@ def measure(
     on_error: Callable[[Contender, Exception, list[float]], None] = _raise,
 ) -> list[Measured]:
     """Check every contender on ``check_on``, choose its batch size, then time all of them in turns.
+
+    What they answer when they are timed is compared too, with the first that matches the same reference.
 
     draw(number) gives workload ``number``: other rows in another order each time, so that each batch is seen once.
     Numbers below 0 are for choosing sizes. config: the model's, to count the work by which a sample's seconds are
@@ -64,7 +66,7 @@ def measure(
                 on_error(measured.contender, error, measured.seconds)
                 results = [item for item in results if item is not measured]
                 continue
-        _add(results, timed, workload, config)
+        _add(results, timed, workload, dtype, config)
         on_known(results)
     return results
 
@@ -73,9 +75,10 @@ def _add(
     results: Sequence[Measured],
     timed: Mapping[str, tuple[float, Answers]],
     workload: Workload,
+    dtype: torch.dtype,
     config: PretrainedConfig,
 ) -> None:
-    """Add a repeat's exits and seconds: a sample's by the work of all rows over the work of the rows that it ran."""
+    """Add a repeat's exits and seconds, a sample's by all rows' work over its own; compare the answers."""
     all_rows: dict[bool, Answers] = {}  # of each kind's first, better one that matches
     for measured in sorted(results, key=lambda item: not item.matches):
         answers = timed[measured.contender.name][1]
@@ -90,6 +93,8 @@ def _add(
             seconds /= padded_work(config, part, measured.size, answers.exit_layer)
         measured.seconds.append(seconds)
         measured.exit_layers.append(answers.exit_layer)
+        if measured.contender.exits in all_rows:
+            check_timed(measured, answers, all_rows[measured.contender.exits], workload.labels, dtype)
 
 
 def _best_size(contender: Contender, draw: Callable[[int], Workload]) -> int:

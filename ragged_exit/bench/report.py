@@ -137,6 +137,8 @@ class Report:
         if item.matches:
             others = f", {item.wrong_exits} other exits" if item.wrong_exits else ""  # bf16 alone may have some
             return f"= {reference}, logits within {item.max_logit_error:.0e}{others}"
+        if item.differs_when_timed:
+            return "[red]DIFFER from the other contenders' when timed[/red]"
         return f"[red]DIFFER from {reference}: {item.wrong_exits} exits, logits by {item.max_logit_error:.0e}[/red]"
 
     def plot(self, path: Path) -> None:

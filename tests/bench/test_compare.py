@@ -202,6 +202,37 @@ def test_check_sees_a_wrong_label_logit_and_exit(model, rule):
     assert not verdict(Answers(nothing, other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [
+    lambda answers: Answers(torch.zeros_like(answers.logits), torch.ones_like(answers.exit_layer)),
+    lambda answers: Answers(answers.logits, answers.exit_layer.roll(1)),
+    lambda answers: Answers(answers.logits.roll(1, 0), answers.exit_layer),
+    lambda answers: Answers(answers.logits * torch.nan, answers.exit_layer),
+], ids=["zeros", "exits of others", "logits of others", "nan"])  # fmt: skip
+@pytest.mark.parametrize("name", ["ragged", "batch1"])
+def test_who_answers_wrongly_when_timed_differs(model, rule, name, change, dtype):
+    checked = workload(30, 5)
+
+    def lying(contender: Contender) -> Contender:
+        def run(rows: Workload, size: int) -> Answers:
+            answers = contender.run(rows, 8)
+            return answers if rows.sequences == checked.sequences else change(answers)
+
+        return replace(contender, run=run if contender.name == name else contender.run, sizes=(8,))
+
+    measured = measuring.measure(
+        [lying(contender) for contender in contenders(model, rx.accelerate(model, rule=rule), batch1_rows=24)],
+        checked,
+        checking.references(model, rule, checked),
+        lambda number: workload(30, 100 + number),
+        repeats=1,
+        dtype=dtype,
+        config=model.config,
+    )
+    assert [item.contender.name for item in measured if not item.matches] == [name]
+    assert [item.contender.name for item in measured if item.differs_when_timed] == [name]
+
+
 def test_a_sample_is_scaled_by_its_work(model, rule, monkeypatch):
     """A clock that counts padded FLOPs of executed layers; the sampled rows are the short ones."""
     clock = 0.0
