@@ -29,9 +29,8 @@ from ragged_exit.bench.gpu import CardReport, card_contenders, matrix_rate
 from ragged_exit.bench.measure import measure
 from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.report import workload_facts
-from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
+from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_rule
 from ragged_exit.bench.workload import Workload
-from ragged_exit.calibration.exit_table import exit_table
 
 SEED = 20
 ROWS = {"sst2": 16_384, "mrpc": 8_192, "long": 2_048, "uniform": 4_096}  # a repeat
@@ -66,7 +65,7 @@ def main(
     precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
     fit_heads(model, SEED + 100, profile)
-    rule = uniform_exits(exit_table(accelerate(model), random_workload(512, SEED, profile).sequences))
+    rule = uniform_rule(model, SEED, profile)
     check_on = random_workload(CHECKED_ROWS, SEED + 1, profile)
     on_card = copy.deepcopy(model).to(place, precision)
 

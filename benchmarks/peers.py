@@ -17,15 +17,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.compare import compare
 from ragged_exit.bench.environment import one_process_for_all
 from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.peers import peers
-from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
-from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_rule
 from ragged_exit.cli import DType
 from ragged_exit.integrations.scorer import DTYPES
+from ragged_exit.models.deebert import DeeBert
 from ragged_exit.rules import Entropy, ExitRule
 
 SEED = 20
@@ -69,7 +68,7 @@ def main(
     report = compare(
         f"BERT {shape}, random encoder, {profile} lengths, exits: {exits}",
         model,
-        _rule(exits, model, random_workload(rows, SEED, profile)),
+        _rule(exits, model, profile),
         random_workload(min(rows, CHECKED_ROWS), SEED + 1, profile),
         lambda number: random_workload(rows, 1000 + number, profile),
         batch_size=32,
@@ -86,9 +85,9 @@ def main(
         report.plot(plot)
 
 
-def _rule(exits: Exits, model, calibration) -> ExitRule:
+def _rule(exits: Exits, model: DeeBert, profile: str) -> ExitRule:
     if exits is Exits.uniform:
-        return uniform_exits(exit_table(accelerate(model), calibration.sequences))
+        return uniform_rule(model, SEED, profile)
     return Entropy(10.0 if exits is Exits.first else -1.0)  # nats: always above, or never below
 
 

@@ -18,9 +18,8 @@ from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.check import Measured, References, check, references
 from ragged_exit.bench.contenders import Contender, contenders
 from ragged_exit.bench.environment import one_process_for_all
-from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_exits
+from ragged_exit.bench.synthetic import fit_heads, random_deebert, random_workload, uniform_rule
 from ragged_exit.bench.workload import Workload
-from ragged_exit.calibration.exit_table import exit_table
 
 NAMES = ("padded", "padded_sorted", "padded_sorted_prepacked", "batch1", "padded_exit", "ragged_full", "ragged")
 SEED = 20
@@ -33,7 +32,7 @@ def case() -> tuple[dict[str, Contender], Workload, References]:
     one_process_for_all(THREADS)
     model = random_deebert("small", SEED)
     fit_heads(model, SEED + 100, "sst2")
-    rule = uniform_exits(exit_table(accelerate(model), random_workload(ROWS, SEED).sequences))
+    rule = uniform_rule(model, SEED, "sst2")
     checked = random_workload(CHECKED_ROWS, SEED + 1)
     found = {contender.name: contender for contender in contenders(model, accelerate(model, rule=rule))}
     return found, checked, references(model, rule, checked)

@@ -26,8 +26,7 @@ from ragged_exit.bench.contenders import full_depth_stage, ragged
 from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.options import Profile, Shape
 from ragged_exit.bench.roofline import linear_seconds
-from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform_exits
-from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform_rule
 from ragged_exit.cli import DType
 from ragged_exit.executor import RaggedExecutor
 from ragged_exit.integrations.scorer import DTYPES
@@ -58,8 +57,7 @@ def main(
     torch.set_num_threads(threads)
     precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
-    table = exit_table(accelerate(model), random_workload(256, SEED, profile_name).sequences)
-    fast = accelerate(model, rule=uniform_exits(table), dtype=precision)
+    fast = accelerate(model, rule=uniform_rule(model, SEED, profile_name), dtype=precision)
     executor = RaggedExecutor([full_depth_stage(fast)], impl=fast.impl) if full else fast.executor
     run = ragged(fast, executor)
     for number in range(WARM_UP):

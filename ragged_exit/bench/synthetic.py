@@ -8,7 +8,7 @@ from transformers import BertConfig
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.workload import Workload
-from ragged_exit.calibration.exit_table import ExitTable
+from ragged_exit.calibration.exit_table import ExitTable, exit_table
 from ragged_exit.models.deebert import DeeBert
 from ragged_exit.rules import Entropy
 from ragged_exit.training.features import pooled_features
@@ -22,6 +22,7 @@ VOCABULARY = 30_522
 CLS = 101
 FIRST_WORD, TOPIC_WORDS = 1_000, 32
 HEAD_ROWS = 1_000  # that heads are fitted on
+CALIBRATION_ROWS = 2_000  # that uniform exits are uniform on
 LOGIT, RIDGE = 2.0, 0.1
 
 
@@ -94,6 +95,12 @@ def fit_heads(model: DeeBert, seed: int, profile: str) -> None:
         weight = torch.linalg.solve(scatter, centred.T @ wanted)  # [H, 2]
         head.classifier.weight.copy_(weight.T)
         head.classifier.bias.copy_(wanted.mean(0) - mean @ weight)
+
+
+def uniform_rule(model: DeeBert, seed: int, profile: str) -> Entropy:
+    """``uniform_exits`` on rows of ``profile``: many, since with few the exits are uniform on those alone."""
+    rows = random_workload(CALIBRATION_ROWS, seed, profile)
+    return uniform_exits(exit_table(accelerate(model), rows.sequences))
 
 
 def uniform_exits(table: ExitTable) -> Entropy:
