@@ -25,6 +25,7 @@ from ragged_exit.accelerate import accelerate
 from ragged_exit.bench.contenders import full_depth_stage, ragged
 from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.options import Profile, Shape
+from ragged_exit.bench.report import workload_facts
 from ragged_exit.bench.roofline import linear_seconds
 from ragged_exit.bench.synthetic import random_deebert, random_workload, uniform_rule
 from ragged_exit.cli import DType
@@ -79,8 +80,10 @@ def main(
     alone = linear_seconds(model.config, precision) * workload.token_layers(answers.exit_layer)
     _print(f"BERT {shape}, {profile_name}, {dtype.value}, {'full depth' if full else 'exits'}", seconds, wall, alone)
     if json is not None:
+        asked = {"shape": shape, "dtype": dtype.value, "profile": profile_name, "exits": "none" if full else "uniform"}
+        facts = workload_facts([workload], [answers.exit_layer], model.config)
         found = {"seconds": seconds, "wall": wall, "linears_alone": alone, "token_budget": token_budget, "rows": rows}
-        write_result(json, {"environment": environment(), **found})
+        write_result(json, {"environment": environment(), **asked, "workload": facts, **found})
 
 
 def _print(title: str, seconds: dict[str, float], wall: float, alone: float) -> None:

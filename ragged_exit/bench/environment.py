@@ -14,7 +14,7 @@ import torch
 
 from ragged_exit.ops import native_available
 
-_PACKAGES = ("torch", "transformers", "triton", "numpy")
+_PACKAGES = ("torch", "transformers", "triton", "numpy", "onnxruntime", "openvino", "ctranslate2")
 
 
 def one_process_for_all(threads: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import BertConfig
 import ragged_exit as rx
 from ragged_exit.bench import peers as peers_module
 from ragged_exit.bench.contenders import padded
+from ragged_exit.bench.environment import environment
 from ragged_exit.bench.peers import BUILDERS, peers
 from ragged_exit.bench.synthetic import PROFILES, random_workload
 from ragged_exit.bench.workload import Workload
@@ -88,6 +90,13 @@ def test_token_types_are_refused(model, monkeypatch):
     assert len(peer.run(workload(), 8).logits) == 20
     with pytest.raises(ValueError, match="no token types"):
         peer.run(Workload([[5, 6]], token_type_ids=[[0, 1]]), 8)
+
+
+def test_their_versions_are_in_every_result():
+    versions = environment()["versions"]
+    assert {"onnxruntime", "openvino", "ctranslate2"} <= set(versions)
+    found = {name for name in versions if importlib.util.find_spec(name) is None}
+    assert found == {name for name, version in versions.items() if version == "not installed"}
 
 
 def test_what_is_not_installed_is_named(model, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import one_thread  # noqa: F401  (autouse)
 
+from ragged_exit.bench.synthetic import random_workload
 from ragged_exit.cli import DType
 from ragged_exit.linears import prepacking_available
 
@@ -27,4 +28,7 @@ def test_every_operation_is_found(tmp_path: Path) -> None:
     module.main("sst2", "tiny", DType.fp32, False, 64, 256, 1, tmp_path / "p.json")
     found = json.loads((tmp_path / "p.json").read_text())
     assert set(found["seconds"]) == {*module.OPS, "everything else"}
+    assert [found[name] for name in ("shape", "dtype", "profile", "exits")] == ["tiny", "fp32", "sst2", "uniform"]
+    assert found["workload"]["tokens"] == sum(random_workload(64, module.WARM_UP).lengths)
+    assert 1 < found["workload"]["mean_exit_layer"] < 2
     assert min(found["seconds"].values()) > 0  # the rest too: nothing is counted twice
