@@ -18,8 +18,8 @@ from ragged_exit.bench.workload import Workload
 from ragged_exit.executor import RaggedExecutor, Stage
 from ragged_exit.linears import PackedLinear
 from ragged_exit.models.deebert import DeeBert
-from ragged_exit.ops.common import ExitTensors
-from ragged_exit.ops.reference.exit import exit_decide
+from ragged_exit.ops.reference.exit import compare
+from ragged_exit.ops.reference.scores import of_logits
 from ragged_exit.pools import SurvivorPools
 from ragged_exit.rules import ExitRule
 from ragged_exit.scheduler import token_budget_batches
@@ -128,7 +128,7 @@ def _shrink_by_mask(
             hidden = output[0] if isinstance(output, tuple) else output
         done = depth
         answer = head(hidden, attention_mask, model.pooling)
-        leaves = _leaves(answer, rule, number, final=number == len(exits) - 1)
+        leaves = _leaves(answer, rule, number) if number < len(exits) - 1 else torch.ones(len(rows), dtype=torch.bool)
         logits[rows[leaves]], exit_layer[rows[leaves]] = answer[leaves].float(), depth
         stays = ~leaves
         rows, hidden, attention_mask = rows[stays], hidden[stays], attention_mask[stays]
@@ -138,21 +138,14 @@ def _shrink_by_mask(
     return logits, exit_layer
 
 
-def _leaves(logits: Tensor, rule: ExitRule, exit_index: int, *, final: bool) -> Tensor:
-    return _decide(logits, rule, exit_index, final).exits
+def _leaves(logits: Tensor, rule: ExitRule, exit_index: int) -> Tensor:
+    """The plain formula and a comparison, as the originals do: a whole exit step would make a row alone slow."""
+    return compare(exit_score(logits, rule), rule.threshold_at(exit_index), rule.spec.compare)
 
 
 def exit_score(logits: Tensor, rule: ExitRule) -> Tensor:
     """The rule's score of logits ``[B, C]`` -> ``[B]``; rules without row state or signal only."""
-    return _decide(logits, rule, 0, False).score
-
-
-def _decide(logits: Tensor, rule: ExitRule, exit_index: int, final: bool) -> ExitTensors:
-    rows = len(logits)
-    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32)
-    live = torch.tensor([rows, rows], dtype=torch.int32)
-    threshold = torch.tensor([rule.threshold_at(exit_index)])
-    return exit_decide(logits, None, cu_seqlens, live, None, None, threshold, rule.spec, final)
+    return of_logits(logits.float(), rule.spec)
 
 
 def ragged(fast: AcceleratedModel, executor: RaggedExecutor) -> Run:

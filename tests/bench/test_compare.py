@@ -8,16 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AlbertConfig, BertConfig, DistilBertConfig, ElectraConfig
 
 import ragged_exit as rx
 from ragged_exit.bench import check as checking
 from ragged_exit.bench import measure as measuring
 from ragged_exit.bench.compare import compare
-from ragged_exit.bench.contenders import ROW_BATCHES, Answers, Contender, contenders, with_prepacked_linears
+from ragged_exit.bench.contenders import (
+    ROW_BATCHES,
+    Answers,
+    Contender,
+    _leaves,
+    contenders,
+    with_prepacked_linears,
+)
 from ragged_exit.bench.synthetic import uniform_exits
 from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.exit_table import exit_table
+from ragged_exit.ops import exit_decide
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -231,6 +240,29 @@ def test_who_answers_wrongly_when_timed_differs(model, rule, name, change, dtype
     )
     assert [item.contender.name for item in measured if not item.matches] == [name]
     assert [item.contender.name for item in measured if item.differs_when_timed] == [name]
+
+
+@pytest.mark.parametrize("rule", [
+    *(rx.Entropy(0.4, dialect=dialect) for dialect in ("exact", "hf", "castorini", "categorical", "normalised")),
+    rx.Entropy([0.9, 0.4], compare="<="), rx.MaxProb(0.7), rx.Energy(0.3, compare="<"),
+], ids=str)  # fmt: skip
+def test_padded_exit_asks_each_exit_by_a_plain_formula(rule):
+    logits = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 2
+    batch = rx.RaggedBatch.from_sequences([[1]] * 200)
+    with Operations() as found:
+        leaves = _leaves(logits, rule, 1)
+    assert 0 < int(leaves.sum()) < 200 and found.count <= 16
+    assert torch.equal(leaves, exit_decide(batch, logits, rule, exit_index=1, impl="reference").exits)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += 1
+        return function(*arguments, **(options or {}))
 
 
 def test_a_sample_is_scaled_by_its_work(model, rule, monkeypatch):

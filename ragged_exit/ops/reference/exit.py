@@ -60,7 +60,7 @@ def exit_decide(
     logits = torch.where(alive[:, None], logits.to(wide), 0.0)
     score, counter, previous = _score(logits, signal, counter, previous, spec)
     score = torch.where(alive, score, 0.0)
-    early = _compare(score, threshold.to(score.device), spec.compare)  # False for NaN, in every comparison
+    early = compare(score, threshold.to(score.device), spec.compare)
     exits = alive if final else alive & early
     survivors, new_cu_seqlens, new_live = _plan(alive & ~exits, cu_seqlens)
     return ExitTensors(logits, score, exits.clone(), survivors, new_cu_seqlens, new_live, counter, previous)
@@ -104,24 +104,21 @@ def _score(
         return counter.to(logits.dtype), counter, current
     empty_counter = torch.empty(0, dtype=torch.int32, device=logits.device)
     empty_previous = torch.empty(0, dtype=torch.float32, device=logits.device)
-    if spec.score.startswith("entropy_"):
-        score = scores.entropy(logits, spec.score.removeprefix("entropy_"))
-    elif spec.score == "max_prob":
-        score = scores.max_prob(logits, spec.temperature)
-    elif spec.score == "energy":
-        score = scores.energy(logits, spec.temperature)
-    elif spec.score == "uncertainty":
+    if spec.score == "uncertainty":
         assert signal is not None
         score = signal.to(logits.dtype)
-    else:
-        assert spec.score == "distance_entropy" and signal is not None
+    elif spec.score == "distance_entropy":
+        assert signal is not None
         score = scores.distance_entropy(logits, signal.to(logits.dtype), spec.lam, spec.dr_order)
+    else:
+        score = scores.of_logits(logits, spec)
     return score.clone(), empty_counter, empty_previous
 
 
-def _compare(score: Tensor, threshold: Tensor, compare: str) -> Tensor:
+def compare(score: Tensor, threshold: Tensor | float, sign: str) -> Tensor:
+    """``score <sign> threshold``; False for NaN, in every comparison."""
     compares = {"<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge}
-    return compares[compare](score, threshold)
+    return compares[sign](score, threshold)
 
 
 def _plan(stays: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

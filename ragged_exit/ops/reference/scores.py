@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ragged_exit.rules import ScoreSpec
+
 
 def _exact_nats(logits: Tensor) -> Tensor:
     """ln S - sum(e d) / S with d = z - max z, e = exp d, S = sum e; 0 ln 0 = 0; never negative."""
@@ -59,6 +61,15 @@ _ENTROPIES = {
 def entropy(logits: Tensor, dialect: str) -> Tensor:
     """Entropy of softmax(logits) ``[B, C]`` -> ``[B]`` in one of the dialects of ``rules.Entropy``."""
     return _ENTROPIES[dialect](logits)
+
+
+def of_logits(logits: Tensor, spec: ScoreSpec) -> Tensor:
+    """The score ``[B]`` of a rule that needs the logits alone."""
+    if spec.score == "max_prob":
+        return max_prob(logits, spec.temperature)
+    if spec.score == "energy":
+        return energy(logits, spec.temperature)
+    return entropy(logits, spec.score.removeprefix("entropy_"))
 
 
 def max_prob(logits: Tensor, temperature: float) -> Tensor:
