@@ -28,7 +28,7 @@ from ragged_exit.bench.contenders import (
     ragged,
 )
 from ragged_exit.bench.environment import environment, write_result
-from ragged_exit.bench.report import contender_row, realised_over_ideal
+from ragged_exit.bench.report import contender_row, realised_over_ideal, with_range
 from ragged_exit.bench.workload import Workload
 from ragged_exit.executor import RaggedExecutor
 from ragged_exit.graphs import LayerGraphs
@@ -130,7 +130,8 @@ class CardReport:
         found = [item for item in map(self.of, PEERS) if item is not None]
         return min(found, key=lambda item: item.median).contender.name if found else None
 
-    def realised_over_ideal(self, name: str) -> float | None:
+    def realised_over_ideal(self, name: str) -> list[float] | None:
+        """Of each repeat."""
         full, ragged = self.of(PAIRS[name]), self.of(name)
         if full is None or ragged is None:
             return None
@@ -154,7 +155,10 @@ class CardReport:
             "full_over_best_peer": {
                 name: self.ratio(self.best_peer, PAIRS[name]) for name in names if self.best_peer is not None
             },
-            "realised_over_ideal": {name: self.realised_over_ideal(name) for name in names},
+            "realised_over_ideal": {
+                name: statistics.median(realised) for name in names if (realised := self.realised_over_ideal(name))
+            },
+            "realised_over_ideal_of_repeats": {name: self.realised_over_ideal(name) for name in names},
         }
 
     def _row(self, item: Measured) -> dict[str, Any]:
@@ -200,7 +204,7 @@ class CardReport:
             realised = self.realised_over_ideal(name)
             if realised is not None:
                 fraction = self.workload["work_fraction"]
-                console.print(f"{name}: realised / ideal {realised:.3f} (work fraction {fraction:.3f})")
+                console.print(f"{name}: realised / ideal {with_range(realised)} (work fraction {fraction:.3f})")
             if self.best_peer is not None and (gain := self.ratio(self.best_peer, full)) is not None:
                 console.print(f"{full}: {gain:.2f}x the best peer, {self.best_peer}")
         console.print(f"{self.close} checked rows are too close to another exit to tell", style="dim")

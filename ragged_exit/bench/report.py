@@ -44,7 +44,8 @@ class Report:
         return first.median / second.median if first.matches and second.matches else None
 
     @property
-    def realised_over_ideal(self) -> float | None:
+    def realised_over_ideal(self) -> list[float] | None:
+        """Of each repeat."""
         full, ragged = self.of("ragged_full"), self.of("ragged")
         if not (full.matches and ragged.matches):
             return None
@@ -75,7 +76,7 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        rows = self.workload["sequences"]
+        rows, realised = self.workload["sequences"], self.realised_over_ideal
         contenders = [contender_row(item, rows, self.ratio("padded", item.contender.name)) for item in self.measured]
         return {
             "environment": environment(),
@@ -85,7 +86,8 @@ class Report:
             "factors": self.factors,
             "best_peer": self.best_peer,
             "missing_peers": dict(self.missing),
-            "realised_over_ideal": self.realised_over_ideal,
+            "realised_over_ideal": None if realised is None else statistics.median(realised),
+            "realised_over_ideal_of_repeats": realised,
             "roofline_fraction": self.roofline_fraction,
         }
 
@@ -123,7 +125,7 @@ class Report:
             console.print(f"not measured: {name} ({reason})", highlight=False)
         if self.realised_over_ideal is not None:
             console.print(
-                f"realised / ideal {self.realised_over_ideal:.3f}   "
+                f"realised / ideal {with_range(self.realised_over_ideal)}   "
                 f"(work fraction {self.workload['work_fraction']:.3f}, "
                 f"mean exit layer {self.workload['mean_exit_layer']:.2f} of {self.workload['num_layers']})"
             )
@@ -165,10 +167,15 @@ def contender_row(item: Measured, rows: int, speedup_vs_padded: float | None) ->
     }
 
 
-def realised_over_ideal(full: Measured, ragged: Measured, work_fractions: Sequence[float]) -> float:
-    """seconds of ``full`` over seconds of ``ragged`` times the work fraction, of each repeat: the median."""
+def realised_over_ideal(full: Measured, ragged: Measured, work_fractions: Sequence[float]) -> list[float]:
+    """seconds of ``full`` over seconds of ``ragged`` times the work fraction, of each repeat."""
     repeats = zip(full.seconds, ragged.seconds, work_fractions, strict=True)
-    return statistics.median(a / b * fraction for a, b, fraction in repeats)
+    return [a / b * fraction for a, b, fraction in repeats]
+
+
+def with_range(repeats: Sequence[float]) -> str:
+    """The median, and how far the repeats scatter."""
+    return f"{statistics.median(repeats):.3f} ({min(repeats):.3f} to {max(repeats):.3f})"
 
 
 def workload_facts(timed: Sequence[Workload], exit_layers: Sequence[Tensor], config: Any) -> dict[str, Any]:

@@ -140,11 +140,15 @@ def test_figures_follow_from_the_timings(report):
     for item, seconds in zip(report.measured, (8.0, 4.0, 3.0, 9.0, 5.0, 2.0, 1.0), strict=True):
         item.seconds = [seconds] * 3
     facts = report.workload | {"work_fractions": [0.3, 0.45, 0.4]}
-    found = replace(report, workload=facts, linear_seconds=[0.5, 0.7, 0.8]).to_dict()
+    changed = replace(report, workload=facts, linear_seconds=[0.5, 0.7, 0.8])
+    found, console = changed.to_dict(), Console(width=200, record=True)
+    changed.print(console)
+    assert "realised / ideal 0.800 (0.600 to 0.900)" in console.export_text()
     by_name = {item["name"]: item for item in found["contenders"]}
     assert by_name["ragged"]["speedup_vs_padded"] == 8.0
     assert found["factors"] == {"gemm_library": 4 / 3, "padding": 2.0 * 1.5, "depth": 2.0}
     assert found["realised_over_ideal"] == pytest.approx(2 * 0.4)
+    assert found["realised_over_ideal_of_repeats"] == pytest.approx([2 * 0.3, 2 * 0.45, 2 * 0.4])
     assert found["roofline_fraction"] == pytest.approx(0.7)
 
 
