@@ -87,7 +87,7 @@ def main(
         leaves = next((item for item in measured if item.contender.exits and item.seconds), None)
         if leaves is not None:
             timed = [draw(repeat) for repeat in range(len(leaves.seconds))]
-            facts = workload_facts(timed, leaves.exit_layers, model.config)
+            facts = workload_facts(timed, leaves.exit_layers, model)
         return CardReport(
             title=f"BERT {shape}, random encoder, {profile} lengths, {dtype}, {place}",
             measured=measured,

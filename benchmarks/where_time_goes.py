@@ -81,7 +81,7 @@ def main(
     _print(f"BERT {shape}, {profile_name}, {dtype.value}, {'full depth' if full else 'exits'}", seconds, wall, alone)
     if json is not None:
         asked = {"shape": shape, "dtype": dtype.value, "profile": profile_name, "exits": "none" if full else "uniform"}
-        facts = workload_facts([workload], [answers.exit_layer], model.config)
+        facts = workload_facts([workload], [answers.exit_layer], model)
         found = {"seconds": seconds, "wall": wall, "linears_alone": alone, "token_budget": token_budget, "rows": rows}
         write_result(json, {"environment": environment(), **asked, "workload": facts, **found})
 

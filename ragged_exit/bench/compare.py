@@ -60,7 +60,7 @@ def compare(
     )
     ragged = next(item for item in measured if item.contender.name == "ragged")
     timed = [draw(repeat) for repeat in range(repeats)]
-    facts = workload_facts(timed, ragged.exit_layers, model.config)
+    facts = workload_facts(timed, ragged.exit_layers, model)
     linears = linear_seconds(model.config, dtype)
     return Report(
         title=f"{title}, {str(dtype).removeprefix('torch.')}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -16,6 +17,7 @@ from ragged_exit.bench.check import Measured
 from ragged_exit.bench.environment import environment, write_result
 from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.threshold import Point
+from ragged_exit.models.deebert import DeeBert
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,18 @@ def with_range(repeats: Sequence[float]) -> str:
     return f"{statistics.median(repeats):.3f} ({min(repeats):.3f} to {max(repeats):.3f})"
 
 
-def workload_facts(timed: Sequence[Workload], exit_layers: Sequence[Tensor], config: Any) -> dict[str, Any]:
+def workload_facts(timed: Sequence[Workload], exit_layers: Sequence[Tensor], model: DeeBert) -> dict[str, Any]:
     """The ``workload`` section of the JSON: means over the repeats, and of each its work fraction.
 
-    exit_layers: where the rows of each workload left, int64 ``[N]``; all exits up to there were evaluated.
+    exit_layers: where the rows of each workload left, int64 ``[N]``; all exits of ``model`` up to there were evaluated.
     """
-    repeats, num_layers = len(timed), config.num_hidden_layers
-    done = [work(config, rows.lengths, exits, exits) for rows, exits in zip(timed, exit_layers, strict=True)]
+    repeats, config = len(timed), model.config
+    num_layers = config.num_hidden_layers
+    asked = torch.tensor([layer for _, layer in model.exits()])
+    done = [
+        work(config, rows.lengths, exits, torch.searchsorted(asked, exits, right=True))
+        for rows, exits in zip(timed, exit_layers, strict=True)
+    ]
     full = [
         work(config, rows.lengths, exits * 0 + num_layers, exits * 0 + 1)
         for rows, exits in zip(timed, exit_layers, strict=True)

@@ -23,6 +23,7 @@ from ragged_exit.bench.contenders import (
     contenders,
     with_prepacked_linears,
 )
+from ragged_exit.bench.report import workload_facts
 from ragged_exit.bench.synthetic import uniform_exits
 from ragged_exit.bench.workload import Workload, work
 from ragged_exit.calibration.exit_table import exit_table
@@ -171,6 +172,15 @@ def test_the_facts_are_of_the_rows_that_were_timed(model, rule, report):
     ]
     rates = [seconds / done for seconds, done in zip(report.linear_seconds, token_layers, strict=True)]
     assert rates == pytest.approx([rates[0]] * 3)
+
+
+def test_only_exits_that_there_are_count_as_work():
+    model = rx.DeeBert(BertConfig(**SIZES, num_labels=2), exit_layers=[2, 3])
+    rows, layers, asked = workload(2, 5), torch.tensor([2, 3]), torch.tensor([1, 2])
+    found = workload_facts([rows], [layers], model)
+    assert found["flops"] == work(model.config, rows.lengths, layers, asked)
+    full = work(model.config, rows.lengths, torch.tensor([3, 3]), torch.tensor([1, 1]))
+    assert found["work_fraction"] == pytest.approx(found["flops"] / full)
 
 
 def test_wrong_answers_get_no_speed_up(report, tmp_path):
