@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
     """Runs the benchmark at toy sizes. A call's first argument: what to make of the contenders."""
     monkeypatch.setattr(benchmark, "CHECKED_ROWS", 24)
     monkeypatch.setattr(synthetic, "HEAD_ROWS", 128)
-    monkeypatch.setattr(synthetic, "CALIBRATION_ROWS", 128)
+    monkeypatch.setitem(synthetic.CALIBRATION_ROWS, "sst2", 128)
     monkeypatch.setattr(gpu, "TOKEN_BUDGETS", (256, 1024))
     made = benchmark.card_contenders
     options = {"dtype": benchmark.DType.fp32, "rows": 48, "repeats": 2, "compiled": False, "device": "cpu"}
