@@ -31,6 +31,7 @@ from ragged_exit.cli import DType
 from ragged_exit.integrations.scorer import DTYPES
 from ragged_exit.models.deebert import DeeBert
 
+CURVES = ("sequences", "length", "budget", "depth", "threads")
 SEED = 20
 MEAN_LENGTH = 24
 ROWS = 2_000  # where the number of sequences is not what varies
@@ -40,15 +41,15 @@ SPEEDUP = 2.0
 
 def main(
     shape: Shape = "small",
-    curve: Annotated[
-        list[str] | None, typer.Option(help="sequences, length, budget, depth, threads (default: all)")
-    ] = None,
-    largest: Annotated[int, typer.Option(help="most sequences: a power of ten from 1,000")] = 10_000,
+    curve: Annotated[list[str] | None, typer.Option(help=f"any of {', '.join(CURVES)} (default: all)")] = None,
+    largest: Annotated[int, typer.Option(min=1_000, help="most sequences: a power of ten")] = 10_000,
     dtype: DType = DType.fp32,
     threads: int = 2,
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
+    if unknown := set(curve or ()) - set(CURVES):
+        raise typer.BadParameter(f"--curve: expected any of {', '.join(CURVES)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(threads)
     precision = DTYPES[dtype]
     console = Console()
@@ -62,7 +63,7 @@ def main(
         "threads": lambda: [_with_threads(x, measure) for x in range(1, threads + 1)],
     }
     found = {}
-    for name in curve or curves:
+    for name in curve or CURVES:
         found[name] = curves[name]()
         table = Table(name, "sequences/s", "seconds", "memory, MB", title=f"{shape}, {dtype.value}: {name}")
         for point in found[name]:
@@ -165,6 +166,7 @@ def _draw(found: dict[str, list[dict[str, Any]]], title: str, path: Path) -> Non
         memory.set_ylabel("peak memory growth, MB", color="#cc6677")
         memory.set_ylim(0, max(50, *(1.2 * point["megabytes"] for point in points)))
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -50,7 +50,7 @@ def main(
     profile: Profile = "sst2",
     shape: Shape = "base",
     dtype: DType = DType.fp16,
-    rows: Annotated[int | None, typer.Option(help="sequences a repeat (default: by profile)")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="sequences a repeat (default: by profile)")] = None,
     repeats: int = 5,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="measure torch.compile too")] = True,
     device: Annotated[str, typer.Option(help="cpu: to try the benchmark itself, without graphs")] = "cuda",
@@ -61,7 +61,7 @@ def main(
     if place.type == "cuda" and not torch.cuda.is_available():
         console.print("benchmarks/gpu.py: this machine has no CUDA device, and a GPU's times are taken on nothing else")
         raise typer.Exit(2)
-    rows = rows or ROWS[profile]
+    rows = ROWS[profile] if rows is None else rows
     precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
     fit_heads(model, SEED + 100, profile)

@@ -47,7 +47,7 @@ def main(
     exits: Annotated[
         Exits, typer.Option(help="all layers alike, all at the first exit, or nobody early")
     ] = Exits.uniform,
-    rows: Annotated[int | None, typer.Option(help="sequences a repeat (default: by profile)")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="sequences a repeat (default: by profile)")] = None,
     repeats: int = 3,
     threads: int = 2,
     others: Annotated[bool, typer.Option("--peers/--no-peers", help="measure other runtimes too")] = True,
@@ -56,7 +56,7 @@ def main(
 ) -> None:
     one_process_for_all(threads)
     console = Console()
-    rows = rows or ROWS[profile]
+    rows = ROWS[profile] if rows is None else rows
     precision = DTYPES[dtype]
     model = random_deebert(shape, SEED)
     fit_heads(model, SEED + 100, profile)

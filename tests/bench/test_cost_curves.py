@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tiny import one_thread  # noqa: F401  (autouse)
+from typer.testing import CliRunner
 
 from ragged_exit.bench.synthetic import random_deebert
 from ragged_exit.cli import DType
@@ -24,12 +26,23 @@ def curves():
 
 
 def test_points_and_picture(curves, tmp_path):
-    curves.main("tiny", ["sequences", "depth"], 1000, DType.fp32, 1, tmp_path / "c.json", tmp_path / "c.png")
+    curves.main("tiny", ["sequences", "depth"], 1000, DType.fp32, 1, tmp_path / "c.json", tmp_path / "new" / "c.png")
     found = json.loads((tmp_path / "c.json").read_text())["curves"]
     assert [point["sequences"] for point in found["sequences"]] == [1000]
     speedups = [point["layer_speedup"] for point in found["depth"]]
     assert speedups[0] == 1.0 and speedups[-1] > 1.5  # the threshold does what the axis says
-    assert (tmp_path / "c.png").stat().st_size > 5_000
+    assert (tmp_path / "new" / "c.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(("arguments", "name"), [
+    (["--curve", "nonsense"], "nonsense"), (["--curve", "length", "--largest", "500"], "--largest"),
+])  # fmt: skip
+def test_bad_options_are_refused_before_anything_is_measured(curves, monkeypatch, arguments, name):
+    monkeypatch.setattr(curves, "random_deebert", lambda *_: pytest.fail("measured"))
+    app = typer.Typer()
+    app.command()(curves.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and name in result.output
 
 
 def test_memory_is_flat(curves):

@@ -6,7 +6,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import typer
 from tiny import one_thread  # noqa: F401  (autouse)
+from typer.testing import CliRunner
 
 from ragged_exit.accelerate import accelerate
 from ragged_exit.bench import synthetic
@@ -49,6 +51,13 @@ def test_few_rows_leave_as_uniformly_as_many(asked):
     layers = [row.exit_layer for row in fast.stream(random_workload(2_000, 77).sequences)]
     shares = [layers.count(layer) / 2_000 for layer in range(1, 7)]
     assert shares == pytest.approx([1 / 6] * 6, abs=0.03)
+
+
+def test_no_rows_are_refused():
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    result = CliRunner().invoke(app, ["--shape", "tiny", "--rows", "0"])
+    assert result.exit_code == 2 and "--rows" in result.output
 
 
 def test_all_at_once_or_never(asked):
