@@ -93,7 +93,7 @@ def _add(
             seconds /= padded_work(config, part, measured.size, answers.exit_layer)
         measured.seconds.append(seconds)
         measured.exit_layers.append(answers.exit_layer)
-        if measured.contender.exits in all_rows:
+        if measured.matches and measured.contender.exits in all_rows:
             check_timed(measured, answers, all_rows[measured.contender.exits], workload.labels, dtype)
 
 
