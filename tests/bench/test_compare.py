@@ -239,7 +239,7 @@ def test_who_answers_wrongly_when_timed_differs(model, rule, name, change, dtype
     def lying(contender: Contender) -> Contender:
         def run(rows: Workload, size: int) -> Answers:
             answers = contender.run(rows, 8)
-            return answers if rows.sequences == checked.sequences else change(answers)
+            return answers if rows.sequences == checked.sequences[: len(rows)] else change(answers)
 
         return replace(contender, run=run if contender.name == name else contender.run, sizes=(8,))
 
