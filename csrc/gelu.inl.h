@@ -1,4 +1,4 @@
-// GELU for every lane, to the precision of the type that follows, and what resembles it.
+// Activations for every lane: GELU to the precision of the type that follows, its tanh form, and SiLU.
 
 namespace ragged_exit {
 namespace RX_ISA {

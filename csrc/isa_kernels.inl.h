@@ -43,6 +43,7 @@ void tanh_array(const float* x, float* y, int64_t n) {
     apply(x, y, n, [&](Vec value) { return tanh(value); });
 }
 
+// In blocks that are whole vectors on every instruction set: a number's bits depend neither on its place nor on the threads.
 template <typename T, typename F>
 RX_INLINE void activate_each(T* x, int64_t blocks, int threads, F f) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

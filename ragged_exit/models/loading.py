@@ -38,12 +38,10 @@ def load(directory: str | Path, *, dialect: str | None = None) -> EarlyExitModel
         raise ValueError(f"{path}: no early_exit section in config.json, and the keys fit no published layout")
     renamed = rename_keys(state, layout.renames)
     try:
-        model = layout.build(
-            with_architecture(saved, state), renamed, dialect or "hf"
-        ).float()  # whatever torch's default
+        model = layout.build(with_architecture(saved, state), renamed, dialect or "hf")
     except KeyError as error:
         raise ValueError(f"{path}: looks like {layout.system}, but the key {error} is missing") from error
-    load_strictly(model, renamed, path)
+    load_strictly(model.float(), renamed, path)  # whatever torch's default dtype
     return model.eval()
 
 
