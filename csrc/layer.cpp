@@ -6,6 +6,7 @@
 // each kernel, since every weight that is read must serve as many tokens as it can.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include <omp.h>
 
@@ -15,8 +16,8 @@ namespace ragged_exit {
 
 namespace {
 
-constexpr int64_t kThreadTokens = 1024;  // or up to twice as many: a thread's share of a large batch, at a time
-constexpr int64_t kLeastTokens = 512;    // that are worth a thread of their own
+constexpr int64_t kAloneTokens = 512;  // for each thread, that are worth rows of its own
+constexpr int64_t kMostTokens = 1024, kLeastTokens = 256;  // that a thread takes at a time
 constexpr int64_t kMeanBytes = 1 << 19;  // of tokens: still in a core's own caches when their means are taken
 
 LayerSeconds spent{};
@@ -120,26 +121,36 @@ struct Layer {
     }
 };
 
+// Rows at which parts begin, and the last one's end. Threads take a part whenever they are free, and parts become smaller
+// towards the end: processors that others use too are not equally fast, and nobody is to wait long for the last one.
+std::vector<int64_t> part_rows(const LayerArgs& a, int64_t tokens) {
+    std::vector<int64_t> rows{0};
+    while (rows.back() < a.rows) {
+        const int32_t* start = a.cu_seqlens + rows.back();
+        const int64_t left = tokens - *start, share = a.threads > 1 ? left / (2 * a.threads) : left;
+        const int64_t size = std::min(kMostTokens, std::max(kLeastTokens, share));
+        int64_t end = std::lower_bound(start + 1, a.cu_seqlens + a.rows, *start + size) - a.cu_seqlens;
+        if (tokens - a.cu_seqlens[end] < kLeastTokens / 2) end = a.rows;
+        rows.push_back(end);
+    }
+    return rows;
+}
+
 }  // namespace
 
 void layer(const LayerArgs& a) {
     const int64_t tokens = a.cu_seqlens[a.rows];
-    if (tokens < kLeastTokens * a.threads) {
+    if (tokens < kAloneTokens * a.threads) {
         Layer{a, a.threads}.run(0, a.rows);
         return;
     }
-    const int64_t parts = std::max<int64_t>(1, tokens / (kThreadTokens * a.threads)) * a.threads;
+    const std::vector<int64_t> rows = part_rows(a, tokens);
+    const int64_t parts = static_cast<int64_t>(rows.size()) - 1;
     const Layer alone{a, 1};
-    const auto first_row = [&](int64_t part) {  // the one that begins nearest to an even share
-        if (part == parts) return a.rows;
-        const int64_t share = tokens * part / parts;
-        const int64_t row = std::lower_bound(a.cu_seqlens, a.cu_seqlens + a.rows, share) - a.cu_seqlens;
-        return row > 0 && share - a.cu_seqlens[row - 1] < a.cu_seqlens[row] - share ? row - 1 : row;
-    };
     OutOfMemory out_of_memory;
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads) if (a.threads > 1)
     for (int64_t part = 0; part < parts; ++part) {
-        out_of_memory.attempt([&] { alone.run(first_row(part), first_row(part + 1)); });
+        out_of_memory.attempt([&] { alone.run(rows[part], rows[part + 1]); });
     }
     out_of_memory.rethrow();
 }
