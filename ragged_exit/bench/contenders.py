@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +86,15 @@ def padded(model: DeeBert, *, by_length: bool) -> Run:
     return padded_by(partial(full_depth, model), model.config.num_hidden_layers, by_length=by_length)
 
 
-def padded_by(forward: PaddedForward, num_layers: int, *, by_length: bool) -> Run:
-    """Any full-depth forward, in padded batches."""
+def padded_by(forward: PaddedForward, num_layers: int, *, by_length: bool, streams: int = 1) -> Run:
+    """Any full-depth forward, in padded batches, of which ``streams`` run at a time, each in a thread of its own."""
 
     @torch.inference_mode()
     def run(workload: Workload, batch_size: int) -> Answers:
-        return _in_batches(workload, batch_size, by_length, num_layers, lambda *inputs: (forward(*inputs), None))
+        def answer(*inputs: Any) -> tuple[Tensor, None]:
+            return forward(*inputs), None
+
+        return _in_batches(workload, batch_size, by_length, num_layers, answer, streams)
 
     return run
 
@@ -195,18 +200,25 @@ def _in_batches(
     by_length: bool,
     full_depth_layers: int,
     answer: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+    streams: int = 1,
 ) -> Answers:
     order = list(range(len(workload)))
     if by_length:
         lengths = workload.lengths
         order.sort(key=lambda row: -lengths[row])
     rows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    logits, layers = [], []
-    for part in rows:
-        answered, exit_layer = answer(*_pad(workload.select(part)))
-        logits.append(answered.float())
-        layers.append(torch.full((len(part),), full_depth_layers) if exit_layer is None else exit_layer)
-    return _in_order(rows, logits, layers)
+
+    @torch.inference_mode()  # which every thread must be told
+    def answered(part: list[int]) -> tuple[Tensor, Tensor]:
+        logits, exit_layer = answer(*_pad(workload.select(part)))
+        return logits.float(), torch.full((len(part),), full_depth_layers) if exit_layer is None else exit_layer
+
+    if streams == 1:
+        outcomes = [answered(part) for part in rows]
+    else:
+        with ThreadPoolExecutor(streams) as threads:
+            outcomes = list(threads.map(answered, rows))
+    return _in_order(rows, [logits for logits, _ in outcomes], [layers for _, layers in outcomes])
 
 
 def _pad(workload: Workload) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from transformers import BertConfig
 
 import ragged_exit as rx
 from ragged_exit.bench import peers as peers_module
-from ragged_exit.bench.contenders import padded
+from ragged_exit.bench.contenders import full_depth, padded, padded_by
 from ragged_exit.bench.environment import environment
-from ragged_exit.bench.peers import BUILDERS, peers
+from ragged_exit.bench.peers import BUILDERS, ENGINES, peers
 from ragged_exit.bench.synthetic import PROFILES, random_workload
 from ragged_exit.bench.workload import Workload
 
@@ -34,20 +35,36 @@ def workload() -> Workload:
     return Workload([torch.randint(5, 120, (length,), generator=generator).tolist() for length in lengths])
 
 
-SLOW = {"compiled_sorted": pytest.mark.slow}  # builds C++
+SLOW = {"compiled": pytest.mark.slow}  # builds C++
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in BUILDERS])
-def test_answers_are_the_models(name, model, monkeypatch):
+def test_answers_are_the_models(name, threads, model, monkeypatch):
     monkeypatch.setattr(peers_module, "BUILDERS", {name: BUILDERS[name]})
-    found, missing = peers(model, torch.float32, threads=1)
+    found, missing = peers(model, torch.float32, threads)
     if missing:
-        pytest.skip(missing[name])
-    (peer,) = found
-    answers = peer.run(workload(), 8)
-    wanted = padded(model, by_length=False)(workload(), 8)
-    torch.testing.assert_close(answers.logits, wanted.logits, atol=1e-4, rtol=0)
-    assert torch.equal(answers.exit_layer, wanted.exit_layer) and not peer.exits
+        pytest.skip(missing[f"{name}_sorted"])
+    assert len(found) == (2 if threads > 1 and name in ENGINES else 1)
+    wanted = padded(model, by_length=False)(workload(), 4)
+    for peer in found:
+        answers = peer.run(workload(), 4)
+        torch.testing.assert_close(answers.logits, wanted.logits, atol=1e-4, rtol=0)
+        assert torch.equal(answers.exit_layer, wanted.exit_layer) and not peer.exits
+
+
+def test_streams_run_a_batch_each_at_a_time(model):
+    """And answer in the workload's order, without a graph for gradients, whichever batch is done first."""
+    both = threading.Barrier(2)  # neither goes on without the other: one after the other would break it
+
+    def forward(input_ids, attention_mask, token_type_ids):
+        both.wait(timeout=60)
+        return full_depth(model, input_ids, attention_mask, token_type_ids)
+
+    answers = padded_by(forward, 2, by_length=True, streams=2)(workload(), 5)
+    wanted = padded(model, by_length=True)(workload(), 5)
+    torch.testing.assert_close(answers.logits, wanted.logits)
+    assert answers.logits.is_inference() and torch.equal(answers.exit_layer, wanted.exit_layer)
 
 
 def test_onnxruntime_fuses_the_attention_of_every_layer(model, monkeypatch):
@@ -60,13 +77,13 @@ def test_onnxruntime_fuses_the_attention_of_every_layer(model, monkeypatch):
         return graph
 
     monkeypatch.setattr(optimizer, "optimize_model", optimise)
-    build = BUILDERS["onnxruntime_sorted"]
-    build(model, torch.float32, 1)
+    build = BUILDERS["onnxruntime"]
+    build(model, torch.float32, 1, 1)
     assert fused[0]["Attention"] == 2 and fused[0]["EmbedLayerNormalization"] == 1
     assert model.config._attn_implementation == "sdpa"  # other contenders run it
     monkeypatch.setattr(type(model.backbone), "set_attn_implementation", lambda *_: None)
     with pytest.raises(RuntimeError, match="expected fused attention in 2 layers, got 0"):
-        build(model, torch.float32, 1)
+        build(model, torch.float32, 1, 1)
 
 
 def test_openvinos_attention_is_one_operation(model, monkeypatch):
@@ -79,7 +96,7 @@ def test_openvinos_attention_is_one_operation(model, monkeypatch):
             return compiled[-1]
 
     monkeypatch.setattr(openvino, "Core", Core)
-    BUILDERS["openvino_sorted"](model, torch.float32, 1)
+    BUILDERS["openvino"](model, torch.float32, 1, 1)
     kinds = {op.get_rt_info()["layerType"].value for op in compiled[0].get_runtime_model().get_ops()}
     assert "Subgraph" in kinds and kinds.isdisjoint({"MatMul", "Softmax"})  # what attention consists of otherwise
 
@@ -108,7 +125,7 @@ def test_what_is_not_installed_is_named(model, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    monkeypatch.delitem(peers_module.BUILDERS, "compiled_sorted")
+    monkeypatch.delitem(peers_module.BUILDERS, "compiled")
     found, missing = peers(model, torch.float32, threads=1)
     assert found == [] and set(missing) == {"onnxruntime_sorted", "openvino_sorted", "ctranslate2_sorted"}
     assert "openvino is not installed" in missing["openvino_sorted"]
