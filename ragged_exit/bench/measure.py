@@ -124,7 +124,10 @@ def _timed(contender: Contender, workload: Workload, size: int) -> tuple[float, 
 
 
 def _run(contender: Contender, workload: Workload, size: int) -> Answers:
+    threads = torch.get_num_threads()
     answers = contender.run(workload, size)
+    if torch.get_num_threads() != threads:  # all who come after it would run on others
+        raise RuntimeError(f"{contender.name}: expected {threads} threads after it, got {torch.get_num_threads()}")
     if not len(answers.logits) == len(answers.exit_layer) == len(workload):  # lost rows would look like speed
         raise RuntimeError(f"{contender.name}: expected {len(workload)} answers, got {len(answers.logits)}")
     return answers

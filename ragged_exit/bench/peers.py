@@ -31,6 +31,7 @@ def peers(model: DeeBert, dtype: torch.dtype, threads: int) -> tuple[list[Conten
         raise ValueError(f"model: expected a BERT with [CLS] heads, got {model.config.model_type}, {model.pooling}")
     found, missing = [], {}
     for name, (build, streams) in _settings(threads).items():
+        before = torch.get_num_threads()
         try:
             forward = build(model, dtype, threads, streams)
         except ImportError as error:
@@ -41,6 +42,7 @@ def peers(model: DeeBert, dtype: torch.dtype, threads: int) -> tuple[list[Conten
             layers = model.config.num_hidden_layers
             run = padded_by(_without_types(forward), layers, by_length=True, streams=streams)
             found.append(Contender(name, run, ROW_BATCHES, exits=False))
+        torch.set_num_threads(before)  # CTranslate2 sets its own number for all who share its OpenMP
     return found, missing
 
 

@@ -342,6 +342,26 @@ def test_who_loses_rows_is_not_measured(model, rule, kept):
         assert len(runs) == honest + 1
 
 
+def test_who_changes_the_threads_is_not_measured(model, rule):
+    """The others would run on as many as it left."""
+    rows = workload(10, 5)
+    expected = checking.references(model, rule, rows)
+    ragged = contenders(model, rx.accelerate(model, rule=rule))[-1]
+    threads = torch.get_num_threads()
+
+    def run(part: Workload, size: int) -> Answers:
+        torch.set_num_threads(threads + 1)
+        return ragged.run(part, size)
+
+    changing = replace(ragged, run=run, sizes=(256,))
+    options = {"repeats": 1, "dtype": torch.float32, "config": model.config}
+    try:
+        with pytest.raises(RuntimeError, match=f"ragged: expected {threads} threads after it, got {threads + 1}"):
+            measuring.measure([changing], rows, expected, lambda number: rows, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("best", [1, 2, 32, 128])
 def test_padded_contenders_run_at_their_best_size(monkeypatch, best):
     """A clock that counts what each size is said to take; the best one's first timing is a slow one."""

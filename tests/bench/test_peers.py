@@ -101,6 +101,17 @@ def test_openvinos_attention_is_one_operation(model, monkeypatch):
     assert "Subgraph" in kinds and kinds.isdisjoint({"MatMul", "Softmax"})  # what attention consists of otherwise
 
 
+def test_a_runtime_that_changes_the_threads_changes_them_for_nobody_else(model, monkeypatch):
+    def build(model, dtype, threads, streams):
+        torch.set_num_threads(1)
+        return lambda ids, mask: torch.zeros(len(ids), 3)
+
+    monkeypatch.setattr(peers_module, "BUILDERS", {"stub": build})
+    torch.set_num_threads(2)  # one_thread sets them back
+    peers(model, torch.float32, threads=2)
+    assert torch.get_num_threads() == 2
+
+
 def test_token_types_are_refused(model, monkeypatch):
     monkeypatch.setattr(peers_module, "BUILDERS", {"stub": lambda *_: lambda ids, mask: torch.zeros(len(ids), 3)})
     ((peer,), _) = peers(model, torch.float32, threads=1)
