@@ -122,7 +122,7 @@ struct Layer {
 };
 
 // Rows at which parts begin, and the last one's end. Threads take a part whenever they are free, and parts become smaller
-// towards the end: processors that others use too are not equally fast, and nobody is to wait long for the last one.
+// towards the end: a virtual machine's processors are not always equally fast, and nobody is to wait long for the last one.
 std::vector<int64_t> part_rows(const LayerArgs& a, int64_t tokens) {
     std::vector<int64_t> rows{0};
     while (rows.back() < a.rows) {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ def peers(model: DeeBert, dtype: torch.dtype, threads: int) -> tuple[list[Conten
     if model.config.model_type != "bert" or model.pooling != "cls":
         raise ValueError(f"model: expected a BERT with [CLS] heads, got {model.config.model_type}, {model.pooling}")
     found, missing = [], {}
+    before = torch.get_num_threads()
     for name, (build, streams) in _settings(threads).items():
-        before = torch.get_num_threads()
         try:
             forward = build(model, dtype, threads, streams)
         except ImportError as error:
@@ -149,13 +149,15 @@ def _openvino(model: DeeBert, dtype: torch.dtype, threads: int, streams: int) ->
         "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
     }
     compiled = openvino.Core().compile_model(graph, "CPU", settings)
-    own = threading.local()  # a request runs one batch at a time
+    requests: SimpleQueue[Any] = SimpleQueue()  # a request runs one batch at a time
+    for _ in range(streams):
+        requests.put(compiled.create_infer_request())
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
-        result = own.request.infer([input_ids.numpy(), attention_mask.numpy()])
-        return torch.from_numpy(np.array(result[0]))
+        request = requests.get()
+        logits = np.array(request.infer([input_ids.numpy(), attention_mask.numpy()])[0])
+        requests.put(request)
+        return torch.from_numpy(logits)
 
     return forward
 
